@@ -1,0 +1,105 @@
+//! Artifacts: stored objects. Two implementations, [`s3`] for a farm and [`folder`] for one machine,
+//! held together by one conformance suite.
+
+pub mod folder;
+pub mod s3;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::id::{JobId, SubmissionId};
+
+/// What can go wrong with an artifact store.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    /// There is no such object.
+    #[error("there is no object `{0}`")]
+    NotFound(String),
+    /// Nobody answers, or the connection broke: try again later.
+    #[error("the artifact store is unavailable: {0}")]
+    Unavailable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// There is no room left.
+    #[error("the artifact store is full: {0}")]
+    Full(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// An error that trying again will not mend (credentials, a missing bucket).
+    #[error("the artifact store failed: {0}")]
+    Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// Shorthand.
+pub type Result<T, E = ArtifactError> = std::result::Result<T, E>;
+
+/// Names an object; alone knows its path and content type. The attempt is part of the path, so
+/// that two attempts never write the same object and the job's row names the winner.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ArtifactKey {
+    /// A rendered PNG.
+    Image {
+        /// The submission.
+        submission_id: SubmissionId,
+        /// The job.
+        job_id: JobId,
+        /// The attempt that rendered it.
+        attempt: u32,
+    },
+    /// The JSON that describes an image.
+    Sidecar {
+        /// The submission.
+        submission_id: SubmissionId,
+        /// The job.
+        job_id: JobId,
+        /// The attempt that rendered it.
+        attempt: u32,
+    },
+}
+
+impl ArtifactKey {
+    /// The object's path: ASCII, no `..`, no leading slash.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Image { submission_id, job_id, attempt } => {
+                format!("submissions/{submission_id}/images/{job_id}.{attempt}.png")
+            }
+            Self::Sidecar { submission_id, job_id, attempt } => {
+                format!("submissions/{submission_id}/sidecars/{job_id}.{attempt}.json")
+            }
+        }
+    }
+
+    /// The object's content type.
+    pub fn content_type(&self) -> &'static str {
+        match self {
+            Self::Image { .. } => "image/png",
+            Self::Sidecar { .. } => "application/json",
+        }
+    }
+}
+
+/// Stores objects whole.
+#[async_trait]
+pub trait ArtifactStore: Send + Sync + 'static {
+    /// Answers if the store can be reached and written to.
+    async fn ping(&self) -> Result<()>;
+
+    /// Writes an object; an existing one is replaced. A reader sees the old or the new, never a part.
+    async fn put(&self, key: &ArtifactKey, bytes: Bytes) -> Result<()>;
+
+    /// Reads an object by its path, as a job's row names it.
+    async fn get(&self, path: &str) -> Result<Bytes>;
+
+    /// Deletes an object; it is fine if there is none.
+    async fn delete(&self, path: &str) -> Result<()>;
+
+    /// Paths of all objects that start with `prefix`, in order. For tests, exports and operators.
+    async fn list(&self, prefix: &str) -> Result<Vec<String>>;
+
+    /// A URL that anyone may read the object with for that long, or `None` where the store cannot
+    /// make one (a folder).
+    async fn presign(&self, path: &str, valid_for: Duration) -> Result<Option<String>>;
+}
+
+/// A shared artifact store.
+pub type SharedArtifacts = Arc<dyn ArtifactStore>;
