@@ -2,14 +2,17 @@
 //! held together by one conformance suite.
 
 pub mod folder;
+mod path;
 pub mod s3;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use crate::config::ArtifactsConfig;
 use crate::id::{JobId, SubmissionId};
 
 /// What can go wrong with an artifact store.
@@ -103,3 +106,54 @@ pub trait ArtifactStore: Send + Sync + 'static {
 
 /// A shared artifact store.
 pub type SharedArtifacts = Arc<dyn ArtifactStore>;
+
+/// The artifact store that the configuration names, or `default_folder` if it names none.
+pub fn open(config: &ArtifactsConfig, default_folder: &Path) -> Result<SharedArtifacts> {
+    let folder = match config.url.as_str() {
+        "" => default_folder,
+        url if url.starts_with("s3:") => return Err(ArtifactError::Internal("not in this build".into())),
+        url => Path::new(folder_of(url)?),
+    };
+    Ok(Arc::new(folder::FolderArtifacts::open(folder)?))
+}
+
+/// The folder that `file:FOLDER`, `file://FOLDER` or a plain path names.
+fn folder_of(url: &str) -> Result<&str> {
+    let wrong = || {
+        let message = format!(
+            "the artifact store's URL must be `s3://BUCKET[/PREFIX]`, `file:FOLDER` or a folder, but is `{url}`"
+        );
+        ArtifactError::Internal(message.into())
+    };
+    let folder = match url.strip_prefix("file:") {
+        None if url.contains("://") => return Err(wrong()),
+        None => url,
+        Some(rest) => match rest.strip_prefix("//") {
+            None => rest,
+            Some(absolute) if absolute.starts_with('/') => absolute,
+            Some(_) => return Err(wrong()),
+        },
+    };
+    if folder.is_empty() { Err(wrong()) } else { Ok(folder) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_can_be_named_in_three_ways() {
+        for url in ["/data/pictures", "file:/data/pictures", "file:///data/pictures"] {
+            assert_eq!(folder_of(url).unwrap(), "/data/pictures");
+        }
+        assert_eq!(folder_of("file:pictures").unwrap(), "pictures");
+    }
+
+    #[test]
+    fn other_urls_are_refused_with_what_is_allowed() {
+        for url in ["http://x/y", "gs://bucket", "file:", "file://host/x"] {
+            let error = folder_of(url).unwrap_err().to_string();
+            assert!(error.contains("s3://BUCKET") && error.contains(url), "{error}");
+        }
+    }
+}

@@ -3,6 +3,7 @@
 
 pub mod amqp;
 pub mod memory;
+mod watchers;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,6 +23,18 @@ pub enum BrokerError {
     /// An error that trying again will not mend.
     #[error("the broker failed: {0}")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl BrokerError {
+    /// Something that time may mend.
+    pub fn unavailable(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Unavailable(reason.into())
+    }
+
+    /// Something that time will not mend.
+    pub fn internal(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Internal(reason.into())
+    }
 }
 
 /// Shorthand.
@@ -102,3 +115,16 @@ pub trait Broker: Send + Sync + 'static {
 
 /// A shared broker.
 pub type SharedBroker = Arc<dyn Broker>;
+
+/// The broker that a URL names: `amqp://…` or `amqps://…`, or empty or `memory:` for one in this process.
+/// Every exchange and queue name begins with `prefix`. Returns at once, whether or not the broker can be
+/// reached: [`Broker::ping`] tells. Connecting happens on the runtime that first uses it.
+pub fn connect(url: &str, prefix: &str) -> Result<SharedBroker> {
+    match url.split_once(':').map_or(url, |(scheme, _)| scheme) {
+        "" | "memory" => Ok(Arc::new(memory::MemoryBroker::new())),
+        "amqp" | "amqps" => Err(BrokerError::internal("not in this build")),
+        scheme => Err(BrokerError::internal(format!(
+            "the broker's URL must begin with `amqp://` or `amqps://`, or be empty, but begins with `{scheme}`"
+        ))),
+    }
+}
