@@ -1,1 +1,22 @@
-//! engine
+//! The engine: tensors in, images out. It turns a folder of weights into a [`Checkpoint`], and rows of
+//! prompts into latents, one denoising step of a whole [`RunningBatch`] at a time, and latents into
+//! pictures. Diffusers is the reference: the same seed gives the same picture.
+//!
+//! Reading order: a [`pipeline`] tells the story; [`text`], [`denoiser`] and [`vae`] are the three
+//! networks; [`sampler`] and [`noise`] are the numbers around them; [`weights`] reads files; [`ops`]
+//! is the only place that knows how fast an operation can be.
+//!
+//! Invariant: nothing in here knows of jobs, queues, databases or networks; there is no async code, no
+//! random number that does not come from a row's seed, and no row whose picture depends on its batch.
+
+mod error;
+mod pipeline;
+
+mod device;
+mod noise;
+mod sampler;
+
+pub use device::{Device, DeviceChoice, Precision};
+pub use error::{Error, Result};
+pub use pipeline::{Checkpoint, Latent, RowId, RowRequest, RowStep, RunningBatch, render};
+pub use sampler::{SamplerKind, ScheduleKind};

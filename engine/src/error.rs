@@ -1,0 +1,69 @@
+//! What can go wrong between a folder of weights and a picture. Policy: a caller branches on the
+//! variant; the text names the file, tensor, field, limit and value for the person who reads it.
+
+use std::path::{Path, PathBuf};
+
+use crate::RowId;
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a checkpoint did not load or a row did not advance.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The checkpoint's files are unusable: missing, of another architecture, or with missing, extra
+    /// or misshapen tensors. Trying again does not help.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The file or folder at fault.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The request cannot be rendered by this checkpoint. Trying again does not help.
+    #[error("`{field}` must be {limit}, but is {value}")]
+    Request {
+        /// The field of the request.
+        field: String,
+        /// What it must be.
+        limit: String,
+        /// What it was.
+        value: String,
+    },
+    /// Memory of the device or of the host did not suffice; fewer rows may fit.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// A row's latent or picture is no longer a finite number; the row cannot be rescued.
+    #[error("row {row} left the range of finite numbers")]
+    NotFinite {
+        /// The row.
+        row: RowId,
+    },
+    /// The device failed, or a kernel that this build lacks was asked for.
+    #[error("device: {0}")]
+    Device(candle_core::Error),
+}
+
+impl Error {
+    /// A checkpoint error at `path`.
+    pub(crate) fn checkpoint(path: impl AsRef<Path>, problem: impl ToString) -> Self {
+        Self::Checkpoint { path: path.as_ref().to_owned(), problem: problem.to_string() }
+    }
+
+    /// A request error.
+    pub(crate) fn request(field: &str, limit: impl ToString, value: impl ToString) -> Self {
+        Self::Request { field: field.to_owned(), limit: limit.to_string(), value: value.to_string() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        // candle wraps a driver's refusal of memory in its text only.
+        let text = error.to_string();
+        let lower = text.to_lowercase();
+        if lower.contains("out of memory") || lower.contains("out_of_memory") {
+            return Self::OutOfMemory(text);
+        }
+        Self::Device(error)
+    }
+}
