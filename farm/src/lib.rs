@@ -1,6 +1,6 @@
 //! What the farm's two processes agree on.
 //!
-//! Reading order: the words ([`id`], [`spec`], [`catalog`], [`job`], [`batch_key`], [`message`]), the
+//! Reading order: the words ([`id`], [`spec`], [`catalog`], [`job`], [`batch_key`], [`message`], [`fleet`]), the
 //! decisions ([`placement`], [`clock`]), then the three ports with their implementations ([`store`],
 //! [`broker`], [`artifact`]), then [`config`] and [`telemetry`].
 //!
@@ -13,6 +13,7 @@ pub mod broker;
 pub mod catalog;
 pub mod clock;
 pub mod config;
+pub mod fleet;
 pub mod id;
 pub mod job;
 pub mod message;

@@ -11,10 +11,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use futures_util::Stream;
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::broker::Broker;
+pub use crate::fleet::{DEMAND_BOUND, Demand, WorkerStatus, WorkerView};
 use crate::id::{JobId, SubmissionId, WorkerId};
 use crate::job::{
     ClaimedJob, Counters, Failure, Finished, Idempotency, JobState, JobView, Lane, Lease, NewJob, NewSubmission,
@@ -101,45 +100,6 @@ pub struct Claim {
     pub deferred: Vec<JobId>,
 }
 
-/// What a worker says about itself with each heartbeat.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct WorkerStatus {
-    /// The worker.
-    pub worker_id: WorkerId,
-    /// The machine it runs on.
-    pub host: String,
-    /// Its device, in words (`cpu`, `cuda:0 NVIDIA H200`).
-    pub device: String,
-    /// The checkpoint it serves or is about to load.
-    pub serving: Option<String>,
-    /// The checkpoint whose weights are on its device.
-    pub warm: Option<String>,
-    /// True once it takes no more jobs.
-    pub draining: bool,
-    /// Rows in its running batch.
-    pub rows: u32,
-    /// Jobs it has finished since it started.
-    pub done: u64,
-    /// Jobs it has failed since it started.
-    pub failed: u64,
-    /// Checkpoints it has loaded since it started.
-    pub loads: u64,
-}
-
-/// A worker as the store knows it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct WorkerView {
-    /// What it last said.
-    #[serde(flatten)]
-    pub status: WorkerStatus,
-    /// When it was first heard of.
-    pub started_at: DateTime<Utc>,
-    /// When it was last heard of.
-    pub last_seen: DateTime<Utc>,
-    /// False once it has been silent for too long or has said goodbye.
-    pub alive: bool,
-}
-
 /// What a heartbeat brings back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Heartbeat {
@@ -148,22 +108,6 @@ pub struct Heartbeat {
     /// Jobs that a client wants to stop: drop the row, then say so with [`Store::cancelled`].
     pub cancelled: Vec<JobId>,
 }
-
-/// Work that waits, of one checkpoint and lane.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Demand {
-    /// The checkpoint and lane.
-    pub queue: QueueKey,
-    /// Jobs waiting (pending or queued and due), counted up to a bound of [`DEMAND_BOUND`].
-    pub waiting: u64,
-    /// Of those, how many are queued.
-    pub queued: u64,
-    /// When the longest-waiting of them was accepted.
-    pub oldest: DateTime<Utc>,
-}
-
-/// How far [`Store::demand`] counts; beyond it, `waiting` means "at least so many".
-pub const DEMAND_BOUND: u64 = 10_000;
 
 /// An object that an attempt which did not win may have left behind.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
