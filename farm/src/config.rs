@@ -1,6 +1,16 @@
 //! The configuration: one struct per concern, read once at the start and handed down. Every key is
 //! also an environment variable: `[store] url` is `KILN_STORE_URL`.
 
+mod check;
+mod environment;
+mod keys;
+mod load;
+
+pub use check::redact_url;
+pub use environment::Environment;
+pub use keys::{Key, Kind, keys};
+pub use load::{ConfigError, Loaded, load};
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -128,11 +138,19 @@ pub struct ApiConfig {
     pub key_hashes: BTreeMap<String, String>,
     /// Seconds a presigned image URL is valid.
     pub image_url_seconds: u64,
+    /// The folder in which a streamed submission waits until it is whole. Default: the system's folder for
+    /// temporary files.
+    pub spool_dir: Option<PathBuf>,
 }
 
 impl Default for ApiConfig {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 8600)), key_hashes: BTreeMap::new(), image_url_seconds: 3600 }
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8600)),
+            key_hashes: BTreeMap::new(),
+            image_url_seconds: 3600,
+            spool_dir: None,
+        }
     }
 }
 
