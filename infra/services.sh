@@ -452,6 +452,7 @@ case ${1:-} in
     ;;
   start | stop | restart | kill)
     NAME=$(one_of "${2:-}")
+    [ "$1" != start ] || remember
     settings
     locked
     case $1 in
