@@ -122,7 +122,7 @@ pub type SharedBroker = Arc<dyn Broker>;
 pub fn connect(url: &str, prefix: &str) -> Result<SharedBroker> {
     match url.split_once(':').map_or(url, |(scheme, _)| scheme) {
         "" | "memory" => Ok(Arc::new(memory::MemoryBroker::new())),
-        "amqp" | "amqps" => Err(BrokerError::internal("not in this build")),
+        "amqp" | "amqps" => Ok(Arc::new(amqp::AmqpBroker::new(url, prefix)?)),
         scheme => Err(BrokerError::internal(format!(
             "the broker's URL must begin with `amqp://` or `amqps://`, or be empty, but begins with `{scheme}`"
         ))),

@@ -1,1 +1,6 @@
 //! Integration tests.
+
+/// The broker: one suite for every implementation.
+mod broker;
+/// Where the real servers are.
+mod services;
