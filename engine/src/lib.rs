@@ -13,6 +13,7 @@ mod error;
 mod pipeline;
 
 mod device;
+mod ops;
 mod noise;
 mod sampler;
 
