@@ -1,8 +1,38 @@
-//! The store: what is true about submissions, jobs and workers. Two implementations, [`postgres`]
-//! for a farm and [`sqlite`] for one machine, held together by one conformance suite.
+//! The store: what is true about submissions, jobs and workers. On Postgres for a farm, on SQLite for
+//! one machine, held together by one conformance suite.
+//!
+//! Reading order: [`Store`] is the port. `sql` says which verb is written where; the verbs are
+//! `submit`, `listing`, `dispatch`, `claim`, `attempts`, `cancel`, `sweep` and `workers`, each with its
+//! statements beside it. `lifecycle` decides what becomes of a job and `counters` counts it. Below them,
+//! `driver` runs a statement in either dialect, `columns` says how our types stand in columns, and
+//! `postgres`, `sqlite`, `schema` and `error` know the databases.
+//!
+//! Invariant: no transaction waits for a client or for a device; the one that publishes waits for the
+//! broker, for a bounded time.
 
-pub mod postgres;
-pub mod sqlite;
+mod sql;
+
+mod attempts;
+mod cancel;
+mod claim;
+mod dispatch;
+mod listing;
+mod submit;
+mod sweep;
+mod workers;
+
+mod counters;
+mod lifecycle;
+
+mod columns;
+mod driver;
+mod error;
+mod postgres;
+mod schema;
+pub mod scratch;
+mod sqlite;
+
+pub use schema::{migrate, revert};
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,11 +42,14 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use futures_util::Stream;
 
+use self::schema::Address;
+use self::sql::SqlStore;
 use crate::broker::Broker;
+use crate::clock::Clock;
 pub use crate::fleet::{DEMAND_BOUND, Demand, WorkerStatus, WorkerView};
 use crate::id::{JobId, SubmissionId, WorkerId};
 use crate::job::{
-    ClaimedJob, Counters, Failure, Finished, Idempotency, JobState, JobView, Lane, Lease, NewJob, NewSubmission,
+    ClaimedJob, Counters, Failure, Finished, Idempotency, JobState, JobView, Lease, NewJob, NewSubmission,
     SubmissionView,
 };
 use crate::message::QueueKey;
@@ -270,7 +303,17 @@ pub trait Store: Send + Sync + 'static {
 /// A shared store.
 pub type SharedStore = Arc<dyn Store>;
 
-/// A queue's lane and model in one place, for SQL parameters.
-pub(crate) fn queue_parts(queue: &QueueKey) -> (&str, Lane) {
-    (&queue.model, queue.lane)
+/// Opens the store at `url` (`postgres://…`, `sqlite:PATH` or `sqlite::memory:`) and brings its schema up
+/// to date. Fails with [`StoreError::Unavailable`] within seconds if nobody answers there, and with
+/// [`StoreError::Schema`] if the schema is newer than this build.
+pub async fn connect(url: &str, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Result<SharedStore> {
+    let driver = match url.parse()? {
+        Address::Postgres(options) => {
+            schema::migrate(url).await?;
+            postgres::open(options, settings)
+        }
+        Address::Sqlite(options) => sqlite::open(options, settings).await?,
+    };
+    schema::check(&driver).await?;
+    Ok(Arc::new(SqlStore { driver, settings: *settings, clock }))
 }

@@ -1,1 +1,65 @@
-//! Implementation.
+//! SQLite: the store of one machine, a file. One connection writes, so transactions queue here
+//! instead of failing as busy; readers see the last commit and wait for nobody.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+
+use super::driver::Driver;
+use super::error::from_driver;
+use super::{Result, StoreError, StoreSettings, schema};
+
+/// How long to wait for the one writer: a submission of a million jobs may hold it for half a minute.
+const ACQUIRE_WRITER: Duration = Duration::from_secs(120);
+
+/// How long to wait for a reader.
+const ACQUIRE_READER: Duration = Duration::from_secs(10);
+
+/// How long to wait for a writer in another process.
+const BUSY: Duration = Duration::from_secs(30);
+
+/// Reads `sqlite:PATH` or `sqlite::memory:`.
+pub(super) fn options(url: &str) -> Result<SqliteConnectOptions> {
+    let options = SqliteConnectOptions::from_str(url).map_err(from_driver)?;
+    Ok(options
+        .create_if_missing(true)
+        .foreign_keys(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        // An accepted submission survives a power cut, not only a crash: each commit waits for the disk.
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY)
+        .pragma("cache_size", "-65536")
+        .pragma("temp_store", "MEMORY"))
+}
+
+/// Opens the file, creating it and its folder if need be, and brings its schema up to date.
+pub(super) async fn open(options: SqliteConnectOptions, settings: &StoreSettings) -> Result<Driver> {
+    let in_memory = options.get_filename().to_string_lossy().contains(":memory:")
+        || options.get_filename().to_string_lossy().contains("sqlx-in-memory");
+    if !in_memory && let Some(folder) = options.get_filename().parent() {
+        tokio::fs::create_dir_all(folder)
+            .await
+            .map_err(|error| StoreError::Internal(format!("cannot create {}: {error}", folder.display()).into()))?;
+    }
+    // A database in memory lives as long as its one connection.
+    let writer = SqlitePoolOptions::new()
+        .max_connections(1)
+        .min_connections(1)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .acquire_timeout(ACQUIRE_WRITER)
+        .connect_with(options.clone())
+        .await
+        .map_err(from_driver)?;
+    schema::migrate_sqlite(&mut *writer.acquire().await.map_err(from_driver)?).await?;
+    let readers = if in_memory {
+        writer.clone()
+    } else {
+        SqlitePoolOptions::new()
+            .max_connections(settings.connections.max(1))
+            .acquire_timeout(ACQUIRE_READER)
+            .connect_lazy_with(options.pragma("query_only", "ON"))
+    };
+    Ok(Driver::Sqlite { writer, readers })
+}
