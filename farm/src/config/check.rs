@@ -31,10 +31,11 @@ impl Config {
         let good = starts(store, &["postgres://", "postgresql://", "sqlite:"]);
         must("store.url", "postgres://… or sqlite:PATH", redact_url(store), good)?;
         let broker = &self.broker.url.0;
-        let good = starts(broker, &["amqp://", "amqps://", "memory:"]);
+        let good = broker == "memory" || starts(broker, &["amqp://", "amqps://", "memory:"]);
         must("broker.url", "amqp://…, amqps://… or memory:", redact_url(broker), good)?;
         let artifacts = &self.artifacts.url;
-        must("artifacts.url", "s3://BUCKET[/PREFIX] or file:FOLDER", artifacts, starts(artifacts, &["s3://", "file:"]))
+        let good = !artifacts.contains("://") || starts(artifacts, &["s3://", "file:"]);
+        must("artifacts.url", "s3://BUCKET[/PREFIX], file:FOLDER or a folder", artifacts, good)
     }
 
     fn check_api(&self) -> Result<(), ValidationError> {
