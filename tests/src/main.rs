@@ -1,1 +1,5 @@
-fn main() {}
+//! The binary under test: `kiln` itself, built beside the tests.
+
+fn main() -> std::process::ExitCode {
+    kiln::main()
+}

@@ -1,0 +1,132 @@
+//! All that was measured, as tables for people and as JSON for machines.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use super::bulk::Bulk;
+use super::delivered::Delivered;
+use super::loads::Loads;
+use super::machine::Machine;
+use super::poll::Polls;
+use super::site::Footing;
+
+/// A bench's outcome; what was not asked for is absent.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// This build's version.
+    pub kiln: &'static str,
+    /// Whether the build is optimised.
+    pub release: bool,
+    /// When it began.
+    pub started_at: DateTime<Utc>,
+    /// What it ran on.
+    pub machine: Machine,
+    /// What the farm stood on.
+    pub footing: Footing,
+    /// Pictures against the bare engine.
+    pub delivered: Option<Delivered>,
+    /// Loads of weights.
+    pub loads: Option<Loads>,
+    /// Bulk submissions.
+    pub bulk: Option<Bulk>,
+    /// Status polls.
+    pub polls: Option<Polls>,
+}
+
+impl Report {
+    /// A report without measurements.
+    pub fn new(machine: Machine, footing: Footing, started_at: DateTime<Utc>) -> Self {
+        Self {
+            kiln: env!("CARGO_PKG_VERSION"),
+            release: !cfg!(debug_assertions),
+            started_at,
+            machine,
+            footing,
+            delivered: None,
+            loads: None,
+            bulk: None,
+            polls: None,
+        }
+    }
+
+    /// Everything, with every sample.
+    pub fn json(&self) -> Result<String> {
+        serde_json::to_string(self).context("the report cannot be written as JSON")
+    }
+
+    fn heading(&self) -> String {
+        let Machine { cpu, vectors, cores, memory_mib, system, load_average } = &self.machine;
+        let Footing { store, broker, artifacts, file_system } = &self.footing;
+        let memory = memory_mib.map_or_else(String::new, |mib| format!(", {:.1} GiB", mib / 1024.0));
+        let load = load_average.map_or_else(String::new, |[one, five, fifteen]| {
+            format!("; load average {one:.2} {five:.2} {fifteen:.2} at the start")
+        });
+        let folder = file_system.as_ref().map_or_else(String::new, |kind| format!(", files on {kind}"));
+        format!(
+            "kiln {} ({} build), {}\n{}, {cores} cores, {}{memory}, {system}{load}\nfarm: store {store}, broker {broker}, artifacts {artifacts}{folder}\n",
+            self.kiln,
+            if self.release { "release" } else { "debug" },
+            self.started_at.format("%Y-%m-%d %H:%M UTC"),
+            cpu.as_deref().unwrap_or("unknown processor"),
+            vectors.join(" "),
+        )
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.heading())?;
+        let tables = [
+            self.delivered.as_ref().map(|delivered| delivered.table(self.machine.cores)),
+            self.loads.as_ref().map(Loads::table),
+            self.bulk.as_ref().map(Bulk::table),
+            self.polls.as_ref().map(Polls::table),
+        ];
+        tables.iter().flatten().try_for_each(|table| write!(f, "\n{table}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::loads::Run;
+    use super::*;
+
+    fn report() -> Report {
+        let machine = Machine {
+            cpu: Some("Fast One".into()),
+            vectors: vec!["avx2".into()],
+            cores: 2,
+            memory_mib: Some(2048.0),
+            system: "Linux 6.1".into(),
+            load_average: Some([0.5, 0.25, 0.0]),
+        };
+        let footing =
+            Footing { store: "sqlite", broker: "memory", artifacts: "folder", file_system: Some("ext4".into()) };
+        let run = Run { workers: 1, jobs: 1000, loads: 2, seconds: 100.0 };
+        let mut report = Report::new(machine, footing, "2026-03-01T10:00:00Z".parse().unwrap());
+        report.loads = Some(Loads { runs: vec![run] });
+        report
+    }
+
+    #[test]
+    fn the_heading_says_what_it_ran_on_and_only_what_was_measured_follows() {
+        let text = report().to_string();
+        for words in
+            ["2026-03-01 10:00 UTC", "Fast One, 2 cores, avx2, 2.0 GiB, Linux 6.1", "load average 0.50", "ext4"]
+        {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        assert!(text.contains("Loads:") && !text.contains("Bulk submission"), "{text}");
+    }
+
+    #[test]
+    fn the_json_holds_the_raw_figures() {
+        let value: serde_json::Value = serde_json::from_str(&report().json().unwrap()).unwrap();
+        assert_eq!(value["loads"]["runs"][0]["loads"], 2);
+        assert_eq!(value["machine"]["cores"], 2);
+        assert!(value["bulk"].is_null());
+    }
+}
