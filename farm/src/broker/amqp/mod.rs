@@ -18,7 +18,7 @@ mod wire;
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use lapin::options::{QueueDeclareOptions, QueuePurgeOptions};
+use lapin::options::{ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions};
 use lapin::types::FieldTable;
 use lapin::uri::AMQPUri;
 
@@ -63,6 +63,21 @@ impl AmqpBroker {
     /// What a queue is called on the broker, for operators and tests.
     pub fn queue_name(&self, queue: &QueueKey) -> String {
         self.topology.queue(queue)
+    }
+
+    /// Deletes `queues`, with what is in them, and everything else below the prefix: for benches, tests and
+    /// operators. It is fine if something does not exist.
+    pub async fn dismantle(&self, queues: &[QueueKey]) -> Result<()> {
+        let (channel, _) = self.consuming.new_channel().await?;
+        let names = queues.iter().map(|queue| self.topology.queue(queue)).chain([self.topology.dead()]);
+        for name in names {
+            answered("deleting a queue", channel.queue_delete(name.into(), QueueDeleteOptions::default())).await?;
+        }
+        for name in [self.topology.jobs(), self.topology.dead(), self.topology.progress()] {
+            let deleted = channel.exchange_delete(name.into(), ExchangeDeleteOptions::default());
+            answered("deleting an exchange", deleted).await?;
+        }
+        answered("closing a channel", channel.close(200, "OK".into())).await
     }
 
     async fn subscribe(&self, queue: &QueueKey, prefetch: u16) -> Result<AmqpConsumer> {

@@ -94,7 +94,8 @@ impl Topology {
         format!("{}.progress", self.prefix)
     }
 
-    fn dead(&self) -> String {
+    /// The exchange and queue of messages that cannot be read.
+    pub(super) fn dead(&self) -> String {
         format!("{}.dead", self.prefix)
     }
 
