@@ -255,7 +255,8 @@ pub trait Store: Send + Sync + 'static {
     /// `attempts + 1`.
     async fn claim(&self, worker: &WorkerId, jobs: &[JobId], lease: Duration) -> Result<Claim>;
 
-    /// Done: stores the result of each job whose lease still holds, in one transaction. Which did;
+    /// Done: stores the result of each job whose lease still holds, in one transaction. Which did, also if
+    /// this very result has been stored before (so that a caller may ask again whose answer got lost);
     /// what was delivered under a lost lease is the caller's to delete.
     async fn finish(&self, finished: &[Finished]) -> Result<Vec<JobId>>;
 

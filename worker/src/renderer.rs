@@ -1,0 +1,206 @@
+//! The seam between the device thread and what renders: the engine, or a double in tests.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use engine::{Checkpoint, Device, DeviceChoice, Precision, RowId, RowRequest, RunningBatch};
+use farm::config::WorkerConfig;
+use farm::job::{Failure, FailureKind};
+use farm::spec::RenderSpec;
+use image::RgbImage;
+
+/// Why a render call failed, as far as the device thread branches on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RenderError {
+    /// The checkpoint or the row's parameters are refused: trying again does not help.
+    Invalid(String),
+    /// Memory did not suffice; fewer rows may fit.
+    OutOfMemory(String),
+    /// The call failed otherwise.
+    Broken(String),
+    /// The call panicked: what it worked on is not to be trusted any more.
+    Panicked(String),
+}
+
+impl fmt::Display for RenderError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid(message) | Self::OutOfMemory(message) | Self::Broken(message) => f.write_str(message),
+            Self::Panicked(message) => write!(f, "the renderer panicked: {message}"),
+        }
+    }
+}
+
+impl From<engine::Error> for RenderError {
+    fn from(error: engine::Error) -> Self {
+        let message = error.to_string();
+        match error {
+            engine::Error::Checkpoint { .. } | engine::Error::Request { .. } => Self::Invalid(message),
+            engine::Error::OutOfMemory(_) => Self::OutOfMemory(message),
+            engine::Error::NotFinite { .. } => Self::Broken("the picture left the range of finite numbers".into()),
+            engine::Error::Device(_) => Self::Broken(message),
+        }
+    }
+}
+
+impl From<RenderError> for Failure {
+    /// The failure of a row that was alone when this happened.
+    fn from(error: RenderError) -> Self {
+        let kind = match error {
+            RenderError::Invalid(_) => FailureKind::Invalid,
+            RenderError::OutOfMemory(_) => FailureKind::OutOfMemory,
+            RenderError::Broken(_) | RenderError::Panicked(_) => FailureKind::Poison,
+        };
+        Failure { kind, message: error.to_string() }
+    }
+}
+
+/// A row's step, done.
+#[derive(Debug)]
+pub struct Stepped<L> {
+    /// The row.
+    pub row: RowId,
+    /// Denoiser calls so far.
+    pub step: u32,
+    /// Denoiser calls in all.
+    pub total: u32,
+    /// The final latent: the row has left the batch.
+    pub latent: Option<L>,
+}
+
+/// Holds one checkpoint and renders with it. Lives on the device thread.
+pub trait Renderer: Send + 'static {
+    /// A finished row before it is decoded.
+    type Latent;
+    /// Rows of one picture size.
+    type Batch: RowBatch<Latent = Self::Latent>;
+
+    /// Loads a checkpoint; the one before is dropped first, so that two never share the memory.
+    fn load(&mut self, folder: &Path) -> Result<(), RenderError>;
+
+    /// An empty batch for pictures of `width` × `height` pixels. Called with a checkpoint loaded.
+    fn batch(&self, width: u32, height: u32) -> Self::Batch;
+
+    /// Turns latents into pictures, in order.
+    fn decode(&self, latents: &[Self::Latent]) -> Result<Vec<RgbImage>, RenderError>;
+
+    /// The device, for people (`cpu (2 threads)`).
+    fn device(&self) -> String;
+
+    /// The number format it computes in (`f32`).
+    fn dtype(&self) -> String;
+}
+
+/// Rows that share denoising passes and nothing else.
+pub trait RowBatch {
+    /// See [`Renderer::Latent`].
+    type Latent;
+
+    /// Adds a row.
+    fn join(&mut self, row: RowId, spec: &RenderSpec) -> Result<(), RenderError>;
+
+    /// Takes a row out, if it is there.
+    fn leave(&mut self, row: RowId);
+
+    /// One denoiser call for `rows`. On an error, no row has advanced.
+    fn step(&mut self, rows: &[RowId]) -> Result<Vec<Stepped<Self::Latent>>, RenderError>;
+}
+
+/// The engine on one device.
+pub struct EngineRenderer {
+    device: Device,
+    precision: Precision,
+    checkpoint: Option<Arc<Checkpoint>>,
+}
+
+impl EngineRenderer {
+    /// Opens the configured device.
+    ///
+    /// # Errors
+    /// If there is no such device or this build cannot use it.
+    pub fn open(config: &WorkerConfig) -> anyhow::Result<Self> {
+        let choice = match &config.device {
+            Some(word) => word.parse().context("worker.device")?,
+            None => DeviceChoice::best(),
+        };
+        let device = Device::open(choice).with_context(|| format!("opening device {choice}"))?;
+        let precision = match &config.dtype {
+            Some(word) => word.parse().context("worker.dtype")?,
+            None => Precision::default_for(&device),
+        };
+        Ok(Self { device, precision, checkpoint: None })
+    }
+
+    fn loaded(&self) -> &Arc<Checkpoint> {
+        self.checkpoint.as_ref().expect("rows come only after a checkpoint is loaded")
+    }
+}
+
+impl Renderer for EngineRenderer {
+    type Latent = engine::Latent;
+    type Batch = EngineBatch;
+
+    fn load(&mut self, folder: &Path) -> Result<(), RenderError> {
+        self.checkpoint = None;
+        self.checkpoint = Some(Arc::new(Checkpoint::load(folder, &self.device, self.precision)?));
+        Ok(())
+    }
+
+    fn batch(&self, width: u32, height: u32) -> EngineBatch {
+        EngineBatch(RunningBatch::new(Arc::clone(self.loaded()), width as usize, height as usize))
+    }
+
+    fn decode(&self, latents: &[engine::Latent]) -> Result<Vec<RgbImage>, RenderError> {
+        Ok(self.loaded().decode(latents)?)
+    }
+
+    fn device(&self) -> String {
+        self.device.describe()
+    }
+
+    fn dtype(&self) -> String {
+        self.precision.as_str().to_owned()
+    }
+}
+
+/// The engine's running batch.
+pub struct EngineBatch(RunningBatch);
+
+impl RowBatch for EngineBatch {
+    type Latent = engine::Latent;
+
+    fn join(&mut self, row: RowId, spec: &RenderSpec) -> Result<(), RenderError> {
+        Ok(self.0.join(row, &row_request(spec)?)?)
+    }
+
+    fn leave(&mut self, row: RowId) {
+        self.0.leave(row);
+    }
+
+    fn step(&mut self, rows: &[RowId]) -> Result<Vec<Stepped<engine::Latent>>, RenderError> {
+        let steps = self.0.step(rows)?.into_iter().map(|step| Stepped {
+            row: step.id,
+            step: step.step as u32,
+            total: step.total as u32,
+            latent: step.latent,
+        });
+        Ok(steps.collect())
+    }
+}
+
+/// A job in the engine's words.
+pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
+    Ok(RowRequest {
+        prompt: spec.prompt.clone(),
+        negative_prompt: spec.negative_prompt.clone(),
+        width: spec.width as usize,
+        height: spec.height as usize,
+        steps: spec.steps as usize,
+        guidance_scale: spec.guidance_scale,
+        sampler: spec.sampler.map(|sampler| sampler.as_str().parse()).transpose()?,
+        schedule: spec.schedule.map(|schedule| schedule.as_str().parse()).transpose()?,
+        seed: spec.seed,
+    })
+}
