@@ -1,80 +1,98 @@
-//! Samplers.
+//! Samplers: how a latent gets from noise to a picture, one denoiser call at a time. One file per algorithm,
+//! after its paper and with diffusers' arithmetic (f32, in its order), because a seed must give diffusers'
+//! picture.
+//!
+//! A [`SamplerConfig`] is a checkpoint's `scheduler_config.json`; [`build`] makes of it, of a request's words
+//! and of a number of steps the [`Sampler`] of one row. A sampler sees one row's latent in host memory, so
+//! rows of a batch differ in everything at no cost.
+//!
+//! Invariant: a sampler knows nothing of models, devices or other rows, and its noise comes from the row's
+//! [`NoiseSource`] alone.
 
-use std::str::FromStr;
+mod config;
+mod kind;
+mod options;
 
+mod prediction;
+mod sigmas;
+mod training;
+
+mod ddim;
+mod dpmpp_2m;
+mod euler;
+mod euler_ancestral;
+mod pndm;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::SamplerConfig;
+pub use kind::{SamplerKind, ScheduleKind};
+
+use self::options::Options;
+use self::sigmas::Spacing;
+use self::training::Training;
+use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
-/// Which sampler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SamplerKind {
-    /// DDIM with eta 0.
-    Ddim,
-    /// Euler.
-    Euler,
-    /// Euler with fresh noise at each step.
-    EulerAncestral,
-    /// DPM-Solver++ of second order, multistep.
-    Dpmpp2m,
-    /// Pseudo numerical methods (PLMS).
-    Pndm,
+/// One row's way from noise to its latent. Calls go from 0 up, each once: the denoiser gets
+/// `scale_model_input(call, …)` and `timesteps()[call]`, and its output (after guidance) goes to `step`.
+pub trait Sampler: Send {
+    /// The timestep that each call tells the denoiser. Their number is the number of calls: the steps asked for,
+    /// more for `pndm`, fewer where a checkpoint clips its noisiest timesteps.
+    fn timesteps(&self) -> &[f32];
+
+    /// The deviation of the noise that the row starts from.
+    fn init_noise_sigma(&self) -> f32;
+
+    /// What the denoiser sees of the sample.
+    fn scale_model_input(&self, call: usize, sample: &[f32]) -> Vec<f32>;
+
+    /// The sample after the call. Draws from `noise` if the sampler adds any.
+    ///
+    /// # Panics
+    /// Where `call` is not below the number of timesteps, or the slices differ in length.
+    fn step(&mut self, call: usize, sample: &[f32], model_output: &[f32], noise: &mut NoiseSource) -> Vec<f32>;
 }
 
-/// How noise levels are spread over the steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ScheduleKind {
-    /// The training schedule's own levels.
-    Normal,
-    /// Karras et al. 2022.
-    Karras,
-    /// Evenly spaced in log sigma.
-    Exponential,
-    /// Quantiles of a beta distribution.
-    Beta,
-}
-
-impl SamplerKind {
-    /// The word used in JSON and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Ddim => "ddim",
-            Self::Euler => "euler",
-            Self::EulerAncestral => "euler_ancestral",
-            Self::Dpmpp2m => "dpmpp_2m",
-            Self::Pndm => "pndm",
-        }
+/// The sampler of a row. `kind` and `schedule` are the request's; `None` leaves them to the checkpoint.
+///
+/// # Errors
+/// - Naming `steps`: none or more than the checkpoint's training timesteps, or more (for `pndm` also fewer)
+///   than the sampler can take.
+/// - Naming `sampler` or `schedule`: a choice left to a checkpoint that names a sampler Kiln lacks, or a
+///   schedule that the sampler has not (`ddim` and `pndm` have only `normal`).
+/// - Naming a key of the checkpoint's `scheduler_config.json`: a value that the sampler cannot honour.
+pub fn build(
+    config: &SamplerConfig,
+    kind: Option<SamplerKind>,
+    schedule: Option<ScheduleKind>,
+    steps: usize,
+) -> Result<Box<dyn Sampler>> {
+    let (kind, options) = config.choose(kind, schedule)?;
+    let most = options.count("num_train_timesteps", 1000)?;
+    if !(1..=most).contains(&steps) {
+        return Err(Error::request("steps", format!("1 to {most}, the checkpoint's training timesteps"), steps));
+    }
+    match kind {
+        SamplerKind::Ddim => ddim::build(&options, steps),
+        SamplerKind::Euler => euler::build(&options, steps),
+        SamplerKind::EulerAncestral => euler_ancestral::build(&options, steps),
+        SamplerKind::Dpmpp2m => dpmpp_2m::build(&options, steps),
+        SamplerKind::Pndm => pndm::build(&options, steps),
     }
 }
 
-impl ScheduleKind {
-    /// The word used in JSON and logs.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Normal => "normal",
-            Self::Karras => "karras",
-            Self::Exponential => "exponential",
-            Self::Beta => "beta",
-        }
+/// `steps` whole timesteps of the training schedule, falling, for samplers that look them up in it.
+fn on_training_timesteps(spacing: Spacing, training: &Training, steps: usize, offset: usize) -> Result<Vec<usize>> {
+    let timesteps: Vec<usize> = spacing
+        .timesteps(training.timesteps(), steps, offset)
+        .into_iter()
+        .map(|timestep| timestep.round_ties_even() as usize)
+        .collect();
+    if timesteps[0] >= training.timesteps() {
+        let limit = format!("so few that timestep {} is not needed, which the checkpoint lacks", timesteps[0]);
+        return Err(Error::request("steps", limit, steps));
     }
-}
-
-impl FromStr for SamplerKind {
-    type Err = Error;
-
-    fn from_str(word: &str) -> Result<Self> {
-        [Self::Ddim, Self::Euler, Self::EulerAncestral, Self::Dpmpp2m, Self::Pndm]
-            .into_iter()
-            .find(|kind| kind.as_str() == word)
-            .ok_or_else(|| Error::request("sampler", "a known sampler", format!("`{word}`")))
-    }
-}
-
-impl FromStr for ScheduleKind {
-    type Err = Error;
-
-    fn from_str(word: &str) -> Result<Self> {
-        [Self::Normal, Self::Karras, Self::Exponential, Self::Beta]
-            .into_iter()
-            .find(|kind| kind.as_str() == word)
-            .ok_or_else(|| Error::request("schedule", "a known schedule", format!("`{word}`")))
-    }
+    Ok(timesteps)
 }
