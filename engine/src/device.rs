@@ -95,6 +95,15 @@ impl Device {
         }
     }
 
+    /// Runs `work` where operations on this device start fastest: on the processor inside its thread
+    /// pool, so that an operation's first tile needs no other thread to wake up.
+    pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self.choice {
+            DeviceChoice::Cpu => rayon::scope(|_| work()),
+            _ => work(),
+        }
+    }
+
     /// The device for tensors.
     pub(crate) fn tensors(&self) -> &candle_core::Device {
         &self.inner

@@ -12,10 +12,21 @@
 mod error;
 mod pipeline;
 
-mod device;
-mod ops;
+mod denoiser;
+mod guidance;
+mod text;
+mod vae;
+
 mod noise;
 mod sampler;
+
+mod config;
+mod device;
+mod ops;
+mod weights;
+
+#[cfg(test)]
+mod goldens;
 
 pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};

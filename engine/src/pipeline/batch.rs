@@ -1,56 +1,213 @@
-//! The running batch.
+//! The running batch: rows that join and leave at step boundaries and share denoising passes.
 
 use std::sync::Arc;
 
-use crate::{Checkpoint, Error, Result, RowId, RowRequest, RowStep};
+use candle_core::Tensor;
 
-/// Rows of one latent shape that share denoising passes and nothing else.
+use crate::guidance::{guide, is_guided};
+use crate::noise::NoiseSource;
+use crate::sampler::{self, Sampler};
+use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
+
+/// More steps than this are a mistake: no schedule has as many noise levels.
+const MOST_STEPS: usize = 1000;
+
+/// Rows of one latent shape that share denoising passes and nothing else: each has its own prompts,
+/// guidance, sampler, steps and noise.
 pub struct RunningBatch {
     checkpoint: Arc<Checkpoint>,
     width: usize,
     height: usize,
+    rows: Vec<Row>,
+}
+
+/// A row between two steps.
+struct Row {
+    id: RowId,
+    sampler: Box<dyn Sampler>,
+    noise: NoiseSource,
+    /// Denoiser calls done.
+    call: usize,
+    /// (channels, height, width) on the host: a few thousand numbers.
+    latent: Vec<f32>,
+    positive: Tensor,
+    /// Present with guidance.
+    negative: Option<Tensor>,
+    guidance_scale: f64,
+}
+
+impl Row {
+    fn is_finite(&self) -> bool {
+        self.latent.iter().all(|value| value.is_finite())
+    }
 }
 
 impl RunningBatch {
     /// An empty batch for pictures of `width` × `height` pixels.
     pub fn new(checkpoint: Arc<Checkpoint>, width: usize, height: usize) -> Self {
-        Self { checkpoint, width, height }
+        Self { checkpoint, width, height, rows: Vec::new() }
     }
 
-    /// Adds a row.
+    /// Adds a row: encodes its prompts and draws its first noise. It takes part from the next step on.
     ///
     /// # Errors
-    /// [`Error::Request`] naming the field at fault.
+    /// [`Error::Request`] naming the field that this checkpoint or this batch cannot serve.
     pub fn join(&mut self, id: RowId, request: &RowRequest) -> Result<()> {
-        let _ = (&self.checkpoint, self.height, request);
-        Err(Error::request("width", self.width, id))
+        self.check(id, request)?;
+        let checkpoint = &self.checkpoint;
+        let config = checkpoint.sampler_config();
+        let sampler = sampler::build(config, request.sampler, request.schedule, request.steps)?;
+        if sampler.timesteps().is_empty() {
+            return Err(Error::request("steps", "enough for one denoiser call", request.steps));
+        }
+        let positive = checkpoint.embed(&request.prompt)?;
+        let negative =
+            if is_guided(request.guidance_scale) { Some(checkpoint.embed(&request.negative_prompt)?) } else { None };
+        let mut noise = NoiseSource::new(request.seed);
+        let (channels, height, width) = self.latent_shape();
+        let mut latent = noise.normal(channels * height * width);
+        let sigma = sampler.init_noise_sigma();
+        latent.iter_mut().for_each(|value| *value *= sigma);
+        let guidance_scale = request.guidance_scale;
+        self.rows.push(Row { id, sampler, noise, call: 0, latent, positive, negative, guidance_scale });
+        Ok(())
     }
 
-    /// Takes a row out; false if it was not there.
-    pub fn leave(&mut self, _id: RowId) -> bool {
-        false
+    fn check(&self, id: RowId, request: &RowRequest) -> Result<()> {
+        if self.rows.iter().any(|row| row.id == id) {
+            return Err(Error::request("row", "new to this batch", id));
+        }
+        let factor = self.checkpoint.vae_factor();
+        for (field, asked, of_batch) in [("width", request.width, self.width), ("height", request.height, self.height)]
+        {
+            if asked == 0 || asked % factor != 0 {
+                return Err(Error::request(field, format!("a multiple of {factor} above 0"), asked));
+            }
+            if asked != of_batch {
+                return Err(Error::request(field, format!("{of_batch} as in this batch"), asked));
+            }
+        }
+        if !(1..=MOST_STEPS).contains(&request.steps) {
+            return Err(Error::request("steps", format!("1 to {MOST_STEPS}"), request.steps));
+        }
+        if !(request.guidance_scale >= 0.0 && request.guidance_scale.is_finite()) {
+            return Err(Error::request("guidance_scale", "a finite number of at least 0", request.guidance_scale));
+        }
+        Ok(())
+    }
+
+    /// Takes a row out between steps; false if it was not there.
+    pub fn leave(&mut self, id: RowId) -> bool {
+        let before = self.rows.len();
+        self.rows.retain(|row| row.id != id);
+        self.rows.len() < before
     }
 
     /// The rows, in the order in which they joined.
     pub fn rows(&self) -> Vec<RowId> {
-        Vec::new()
+        self.rows.iter().map(|row| row.id).collect()
     }
 
     /// How many rows there are.
     pub fn len(&self) -> usize {
-        0
+        self.rows.len()
     }
 
     /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
-        true
+        self.rows.is_empty()
     }
 
-    /// One denoiser call for `rows`.
+    /// One denoiser call for `rows`, each at its own timestep; rows not named wait. The results come in
+    /// the order of `rows`; a row whose result has a latent has left the batch.
     ///
     /// # Errors
-    /// On any error no row has advanced.
+    /// [`Error::NotFinite`] naming a row that cannot go on (it stays in the batch until it is taken
+    /// out), [`Error::OutOfMemory`], [`Error::Device`], or [`Error::Request`] for an id that is not in
+    /// the batch or is named twice. On any error no row has advanced, so the caller may try again with
+    /// fewer rows.
     pub fn step(&mut self, rows: &[RowId]) -> Result<Vec<RowStep>> {
-        Ok(rows.iter().map(|&id| RowStep { id, step: 0, total: 0, latent: None }).collect())
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let places = self.places(rows)?;
+        let outputs = self.denoise(&places)?;
+
+        // Nothing can fail from here on: the rows advance.
+        let shape = self.latent_shape();
+        let mut steps = Vec::with_capacity(places.len());
+        for (place, output) in places.into_iter().zip(outputs) {
+            let row = &mut self.rows[place];
+            row.latent = row.sampler.step(row.call, &row.latent, &output, &mut row.noise);
+            row.call += 1;
+            let total = row.sampler.timesteps().len();
+            // A latent that has just left the finite numbers is reported by the next step.
+            let finished = row.call == total && row.is_finite();
+            let latent = finished.then(|| finish(row, shape));
+            steps.push(RowStep { id: row.id, step: row.call, total, latent });
+        }
+        self.rows.retain(|row| !steps.iter().any(|step| step.id == row.id && step.latent.is_some()));
+        Ok(steps)
     }
+
+    /// Where the rows stand; each must be here, once, and finite.
+    fn places(&self, rows: &[RowId]) -> Result<Vec<usize>> {
+        let mut places = Vec::with_capacity(rows.len());
+        for id in rows {
+            let place = self.rows.iter().position(|row| row.id == *id);
+            let place = place.ok_or_else(|| Error::request("row", "in this batch", id))?;
+            if places.contains(&place) {
+                return Err(Error::request("row", "named once in a step", id));
+            }
+            if !self.rows[place].is_finite() {
+                return Err(Error::NotFinite { row: *id });
+            }
+            places.push(place);
+        }
+        Ok(places)
+    }
+
+    /// One pass of the denoiser over these rows, and what guidance makes of it: one output per row.
+    fn denoise(&self, places: &[usize]) -> Result<Vec<Vec<f32>>> {
+        let (channels, height, width) = self.latent_shape();
+        let values = channels * height * width;
+        let (mut samples, mut timesteps, mut embeddings) = (Vec::new(), Vec::new(), Vec::new());
+        for row in places.iter().map(|place| &self.rows[*place]) {
+            let scaled = row.sampler.scale_model_input(row.call, &row.latent);
+            let timestep = row.sampler.timesteps()[row.call];
+            for embedding in row.negative.iter().chain([&row.positive]) {
+                samples.extend_from_slice(&scaled);
+                timesteps.push(timestep);
+                embeddings.push(embedding.clone());
+            }
+        }
+        let predicted = self.checkpoint.denoise(samples, (channels, height, width), &timesteps, &embeddings)?;
+        let mut predicted = predicted.chunks_exact(values);
+        let mut outputs = Vec::with_capacity(places.len());
+        for row in places.iter().map(|place| &self.rows[*place]) {
+            let mut next = || predicted.next().unwrap_or_default();
+            let output = match row.negative {
+                Some(_) => {
+                    let (negative, positive) = (next(), next());
+                    guide(negative, positive, row.guidance_scale)
+                }
+                None => next().to_vec(),
+            };
+            if output.len() != values || !output.iter().all(|value| value.is_finite()) {
+                return Err(Error::NotFinite { row: row.id });
+            }
+            outputs.push(output);
+        }
+        Ok(outputs)
+    }
+
+    /// Channels, height and width of this batch's latents.
+    fn latent_shape(&self) -> (usize, usize, usize) {
+        let factor = self.checkpoint.vae_factor();
+        (self.checkpoint.latent_channels(), self.height / factor, self.width / factor)
+    }
+}
+
+fn finish(row: &mut Row, (channels, height, width): (usize, usize, usize)) -> Latent {
+    Latent { values: std::mem::take(&mut row.latent), channels, height, width, row: row.id }
 }

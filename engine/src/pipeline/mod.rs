@@ -4,6 +4,8 @@ mod batch;
 mod checkpoint;
 mod row;
 
+mod picture;
+
 use std::sync::Arc;
 
 use image::RgbImage;

@@ -1,0 +1,81 @@
+//! What time it is, as a vector.
+//!
+//! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/embeddings.py>
+//! (`get_timestep_embedding`, `TimestepEmbedding`).
+
+use candle_core::Tensor;
+
+use super::config::UNetConfig;
+use crate::Result;
+use crate::ops::{self, Linear};
+use crate::weights::Scope;
+
+/// Sinusoids of a timestep, then two linear layers.
+pub(super) struct TimestepEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    width: usize,
+    flip_sin_to_cos: bool,
+    freq_shift: f64,
+}
+
+impl TimestepEmbedding {
+    pub fn load(scope: &Scope<'_>, config: &UNetConfig) -> Result<Self> {
+        let width = config.levels[0].channels;
+        Ok(Self {
+            linear_1: scope.at("linear_1").linear(width, config.time_width)?,
+            linear_2: scope.at("linear_2").linear(config.time_width, config.time_width)?,
+            width,
+            flip_sin_to_cos: config.flip_sin_to_cos,
+            freq_shift: config.freq_shift,
+        })
+    }
+
+    /// One timestep per row → (rows, time width).
+    pub fn forward(&self, timesteps: &[f32], like: &Tensor) -> Result<Tensor> {
+        let waves: Vec<f32> = timesteps
+            .iter()
+            .flat_map(|timestep| sinusoid(*timestep, self.width, self.flip_sin_to_cos, self.freq_shift))
+            .collect();
+        // Computed in f32 whatever the model's format: half precision cannot tell steps apart.
+        let waves = Tensor::from_vec(waves, (timesteps.len(), self.width), like.device())?.to_dtype(like.dtype())?;
+        self.linear_2.forward(&ops::silu(&self.linear_1.forward(&waves)?)?)
+    }
+}
+
+/// Sines, then cosines (or the other way round) of the timestep at `width / 2` frequencies from 1 down
+/// to 1/10000.
+fn sinusoid(timestep: f32, width: usize, flip_sin_to_cos: bool, freq_shift: f64) -> Vec<f32> {
+    let half = width / 2;
+    let step = -(10_000f64.ln()) as f32;
+    let span = (half as f64 - freq_shift) as f32;
+    let angles: Vec<f32> = (0..half).map(|index| timestep * (step * index as f32 / span).exp()).collect();
+    let sines = angles.iter().map(|angle| angle.sin());
+    let cosines = angles.iter().map(|angle| angle.cos());
+    let mut waves: Vec<f32> =
+        if flip_sin_to_cos { cosines.chain(sines).collect() } else { sines.chain(cosines).collect() };
+    waves.resize(width, 0.0);
+    waves
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_halves_are_cosines_and_sines_of_falling_frequencies() {
+        let waves = sinusoid(3.0, 6, true, 0.0);
+        let frequencies = [1f32, 10_000f32.powf(-1.0 / 3.0), 10_000f32.powf(-2.0 / 3.0)];
+        for (index, frequency) in frequencies.into_iter().enumerate() {
+            assert!((waves[index] - (3.0 * frequency).cos()).abs() < 1e-6);
+            assert!((waves[3 + index] - (3.0 * frequency).sin()).abs() < 1e-6);
+        }
+        assert_eq!(sinusoid(3.0, 6, false, 0.0)[..3], waves[3..]);
+    }
+
+    #[test]
+    fn an_odd_width_ends_with_a_zero() {
+        assert_eq!(sinusoid(1.0, 5, true, 0.0).len(), 5);
+        assert_eq!(sinusoid(1.0, 5, true, 0.0)[4], 0.0);
+    }
+}

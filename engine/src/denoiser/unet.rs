@@ -1,0 +1,90 @@
+//! `UNet2DConditionModel`: down the levels, through the middle, up again with what was seen on the way.
+//!
+//! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/unets/unet_2d_condition.py>
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
+use super::config::UNetConfig;
+use super::timestep::TimestepEmbedding;
+use crate::Result;
+use crate::config::ConfigFile;
+use crate::ops::{self, Conv2d, ConvShape, GroupNorm};
+use crate::weights::Weights;
+
+/// A denoiser that takes one timestep per row.
+pub(crate) struct UNet {
+    pub config: UNetConfig,
+    dtype: DType,
+    conv_in: Conv2d,
+    time_embedding: TimestepEmbedding,
+    down_blocks: Vec<DownBlock>,
+    mid_block: Option<MidBlock>,
+    /// Innermost first, as in the checkpoint.
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl UNet {
+    /// Loads a `unet` folder.
+    pub fn load(folder: &Path, device: &Device, dtype: DType) -> Result<Self> {
+        let config = UNetConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
+        let weights = Weights::open(folder, "diffusion_pytorch_model", device, dtype)?;
+        let root = weights.root();
+        let (levels, outer) = (config.levels.len(), config.levels[0].channels);
+        let same = ConvShape::same;
+        let unet = Self {
+            dtype,
+            conv_in: root.at("conv_in").conv2d(
+                config.in_channels,
+                outer,
+                config.conv_in_kernel,
+                same(config.conv_in_kernel),
+            )?,
+            time_embedding: TimestepEmbedding::load(&root.at("time_embedding"), &config)?,
+            down_blocks: (0..levels)
+                .map(|index| DownBlock::load(&root.at("down_blocks").at(index), &config, index))
+                .collect::<Result<_>>()?,
+            mid_block: MidBlock::load(&root.at("mid_block"), &config)?,
+            up_blocks: (0..levels)
+                .map(|index| UpBlock::load(&root.at("up_blocks").at(index), &config, levels - 1 - index))
+                .collect::<Result<_>>()?,
+            conv_norm_out: root.at("conv_norm_out").group_norm(outer, config.groups, config.epsilon)?,
+            conv_out: root.at("conv_out").conv2d(
+                outer,
+                config.out_channels,
+                config.conv_out_kernel,
+                same(config.conv_out_kernel),
+            )?,
+            config,
+        };
+        weights.finish(|_| false)?;
+        Ok(unet)
+    }
+
+    /// What the denoiser makes of `sample` (rows, channels, height, width) with one timestep and one
+    /// line of `context` (rows, tokens, context width) per row; the same shape, in `f32`.
+    pub fn forward(&self, sample: &Tensor, timesteps: &[f32], context: &Tensor) -> Result<Tensor> {
+        let sample = ops::channels_last(sample)?.to_dtype(self.dtype)?;
+        let sample = if self.config.center_input_sample { sample.affine(2.0, -1.0)? } else { sample };
+        let time = ops::silu(&self.time_embedding.forward(timesteps, &sample)?)?;
+        let conditions = Conditions { time: &time, context };
+
+        let mut x = self.conv_in.forward(&sample)?;
+        let mut skips = vec![x.clone()];
+        for block in &self.down_blocks {
+            x = block.forward(x, conditions, &mut skips)?;
+        }
+        if let Some(block) = &self.mid_block {
+            x = block.forward(&x, conditions)?;
+        }
+        for block in &self.up_blocks {
+            x = block.forward(x, conditions, &mut skips)?;
+        }
+        let x = self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?;
+        ops::channels_first(&x.to_dtype(DType::F32)?)
+    }
+}

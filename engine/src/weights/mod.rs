@@ -1,0 +1,304 @@
+//! Tensors from safetensors files, mapped and read one at a time, so that a model never lies in memory
+//! twice. Whatever a part lacks, has too much of or has in another shape is named in one error.
+
+mod files;
+mod layers;
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Display;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::{Error, Result};
+
+/// How many names of each kind an error lists.
+const NAMES_SHOWN: usize = 8;
+
+/// The tensors of one part of a checkpoint (its text encoder, denoiser or VAE).
+pub(crate) struct Weights {
+    folder: PathBuf,
+    maps: Vec<Mmap>,
+    stored: HashMap<String, Stored>,
+    device: Device,
+    dtype: DType,
+    seen: RefCell<Seen>,
+}
+
+/// A tensor in a file.
+struct Stored {
+    map: usize,
+    bytes: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+/// What the model's construction has asked for so far.
+#[derive(Default)]
+struct Seen {
+    used: BTreeSet<String>,
+    missing: Vec<String>,
+    misshapen: Vec<String>,
+}
+
+impl Weights {
+    /// Maps the part's files: `stem.safetensors`, a sharded index, or a variant of them. Layers built
+    /// from it are placed on `device` in the format `dtype`.
+    pub fn open(folder: &Path, stem: &str, device: &Device, dtype: DType) -> Result<Self> {
+        let mut weights = Self {
+            folder: folder.to_owned(),
+            maps: Vec::new(),
+            stored: HashMap::new(),
+            device: device.clone(),
+            dtype,
+            seen: RefCell::default(),
+        };
+        for path in files::find(folder, stem)? {
+            weights.add(&path)?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let refuse = |problem: String| Error::checkpoint(path, problem);
+        let file = File::open(path).map_err(|error| refuse(error.to_string()))?;
+        // SAFETY: the map is read-only. As with every mapped weight file, the file must not be
+        // truncated while it is being loaded; it is unmapped once the part is built.
+        #[allow(unsafe_code)]
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| refuse(error.to_string()))?;
+        let tensors = SafeTensors::deserialize(&map)
+            .map_err(|error| refuse(format!("is not a complete safetensors file: {error}")))?;
+        for (name, view) in tensors.iter() {
+            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            let bytes = start..start + view.data().len();
+            let stored = Stored { map: self.maps.len(), bytes, dtype: view.dtype(), shape: view.shape().to_vec() };
+            if self.stored.insert(name.to_owned(), stored).is_some() {
+                return Err(refuse(format!("tensor `{name}` is also in another file of this part")));
+            }
+        }
+        self.maps.push(map);
+        Ok(())
+    }
+
+    /// The scope without a prefix.
+    pub fn root(&self) -> Scope<'_> {
+        Scope { weights: self, prefix: String::new() }
+    }
+
+    /// Whether there is a tensor of this full name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.stored.contains_key(name)
+    }
+
+    /// Ends the construction: an error naming every tensor that was missing or misshapen, or that
+    /// nothing asked for and `ignored` does not know.
+    pub fn finish(self, ignored: impl Fn(&str) -> bool) -> Result<()> {
+        let seen = self.seen.borrow();
+        let mut extra: Vec<String> =
+            self.stored.keys().filter(|name| !seen.used.contains(*name) && !ignored(name)).cloned().collect();
+        extra.sort();
+        self.problems(&seen, &extra).map_or(Ok(()), Err)
+    }
+
+    fn problems(&self, seen: &Seen, extra: &[String]) -> Option<Error> {
+        let listed = |what: &str, names: &[String]| {
+            let shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+            let more = if names.len() > NAMES_SHOWN {
+                format!(" and {} more", names.len() - NAMES_SHOWN)
+            } else {
+                String::new()
+            };
+            (!names.is_empty()).then(|| format!("{what}: {shown}{more}"))
+        };
+        let problems: Vec<String> = [
+            listed("missing tensors", &seen.missing),
+            listed("tensors of another shape than config.json says", &seen.misshapen),
+            listed("tensors that this model does not have", extra),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        (!problems.is_empty()).then(|| Error::checkpoint(&self.folder, problems.join("; ")))
+    }
+
+    /// Reads a tensor into host memory in the part's format. What is missing or misshapen is noted and
+    /// answered with zeros, so that one error can name all of it.
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let mut seen = self.seen.borrow_mut();
+        match self.stored.get(name) {
+            None => seen.missing.push(name.to_owned()),
+            Some(stored) => {
+                seen.used.insert(name.to_owned());
+                if trimmed(&stored.shape) == trimmed(shape) {
+                    return self.convert(name, stored, shape);
+                }
+                seen.misshapen.push(format!("{name} {:?} instead of {shape:?}", stored.shape));
+            }
+        }
+        // Do not spend more memory on a stand-in than the files are large.
+        let total: usize = self.maps.iter().map(|map| map.len()).sum();
+        if shape.iter().product::<usize>() > total {
+            return Err(self.problems(&seen, &[]).unwrap_or_else(|| Error::checkpoint(&self.folder, name)));
+        }
+        Ok(Tensor::zeros(shape, self.dtype, &Device::Cpu)?)
+    }
+
+    fn convert(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Tensor> {
+        let dtype = match stored.dtype {
+            Dtype::F64 => DType::F64,
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                let problem = format!("tensor `{name}` has format {other:?}; f32, f16, bf16 or f64 can be read");
+                return Err(Error::checkpoint(&self.folder, problem));
+            }
+        };
+        let map = &self.maps[stored.map];
+        let tensor = Tensor::from_raw_buffer(&map[stored.bytes.clone()], dtype, shape, &Device::Cpu)?;
+        release(map, stored.bytes.clone());
+        Ok(tensor.to_dtype(self.dtype)?)
+    }
+}
+
+/// Tells the system that these bytes of the map have been read, so that they stop counting as this
+/// process's memory.
+#[cfg(unix)]
+fn release(map: &Mmap, bytes: Range<usize>) {
+    // SAFETY: a read-only map of a file: pages that are dropped come back from the file if read again.
+    #[allow(unsafe_code)]
+    let released = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+    if let Err(error) = released {
+        tracing::debug!(%error, "the system keeps the pages of a weight file");
+    }
+}
+
+#[cfg(not(unix))]
+fn release(_map: &Mmap, _bytes: Range<usize>) {}
+
+/// A shape without the ones at its end: a 1×1 convolution has the weights of a linear layer.
+fn trimmed(shape: &[usize]) -> &[usize] {
+    let end = shape.iter().rposition(|dim| *dim != 1).map_or(0, |last| last + 1);
+    &shape[..end]
+}
+
+/// A place in the tree of tensor names; its steps are the names in the file.
+#[derive(Clone)]
+pub(crate) struct Scope<'a> {
+    weights: &'a Weights,
+    prefix: String,
+}
+
+impl Scope<'_> {
+    /// The scope below this one.
+    pub fn at(&self, step: impl Display) -> Self {
+        Self { weights: self.weights, prefix: self.name(&step.to_string()) }
+    }
+
+    /// [`Scope::at`] `step`, or at the `old` name if only that has tensors below it.
+    pub fn at_or(&self, step: &str, old: &str) -> Self {
+        let prefix = format!("{}.", self.name(old));
+        if self.weights.stored.keys().any(|name| name.starts_with(&prefix)) { self.at(old) } else { self.at(step) }
+    }
+
+    /// A tensor in host memory, in the part's format.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.weights.read(&self.name(name), shape)
+    }
+
+    /// Where the part's layers live.
+    pub fn device(&self) -> &Device {
+        &self.weights.device
+    }
+
+    fn name(&self, step: &str) -> String {
+        if self.prefix.is_empty() { step.to_owned() } else { format!("{}.{step}", self.prefix) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part(tensors: &[(&str, Tensor)]) -> (tempfile::TempDir, Weights) {
+        let folder = tempfile::tempdir().unwrap();
+        let tensors: HashMap<String, Tensor> =
+            tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
+        candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+        let weights = Weights::open(folder.path(), "model", &Device::Cpu, DType::F32).unwrap();
+        (folder, weights)
+    }
+
+    fn ones(shape: &[usize]) -> Tensor {
+        Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn every_format_on_disk_is_read_in_the_wanted_one() {
+        let values = Tensor::new(&[1f32, -2.5, 0.125], &Device::Cpu).unwrap();
+        let stored = |dtype| values.to_dtype(dtype).unwrap();
+        let (_folder, weights) = part(&[
+            ("a", stored(DType::F32)),
+            ("b", stored(DType::F16)),
+            ("c", stored(DType::BF16)),
+            ("d", stored(DType::F64)),
+        ]);
+        for name in ["a", "b", "c", "d"] {
+            assert_eq!(weights.root().tensor(name, &[3]).unwrap().to_vec1::<f32>().unwrap(), [1.0, -2.5, 0.125]);
+        }
+        weights.finish(|_| false).unwrap();
+    }
+
+    #[test]
+    fn missing_misshapen_and_extra_tensors_are_all_named_in_one_error() {
+        let (_folder, weights) =
+            part(&[("block.weight", ones(&[2, 3])), ("block.more", ones(&[1])), ("known", ones(&[1]))]);
+        let block = weights.root().at("block");
+        block.tensor("weight", &[3, 2]).unwrap();
+        block.tensor("bias", &[3]).unwrap();
+        let error = weights.finish(|name| name == "known").unwrap_err().to_string();
+        assert!(error.contains("missing tensors: block.bias;"), "{error}");
+        assert!(error.contains("block.weight [2, 3] instead of [3, 2]"), "{error}");
+        assert!(error.ends_with("tensors that this model does not have: block.more"), "{error}");
+    }
+
+    #[test]
+    fn a_one_by_one_convolution_is_read_as_a_linear_layer_and_back() {
+        let (_folder, weights) = part(&[("conv", ones(&[4, 2, 1, 1])), ("linear", ones(&[4, 2]))]);
+        assert_eq!(weights.root().tensor("conv", &[4, 2]).unwrap().dims(), [4, 2]);
+        assert_eq!(weights.root().tensor("linear", &[4, 2, 1, 1]).unwrap().dims(), [4, 2, 1, 1]);
+        weights.finish(|_| false).unwrap();
+    }
+
+    #[test]
+    fn a_huge_missing_tensor_costs_no_memory() {
+        let (_folder, weights) = part(&[("a", ones(&[1]))]);
+        let error = weights.root().tensor("huge", &[1 << 20, 1 << 20]).unwrap_err().to_string();
+        assert!(error.contains("missing tensors: huge"), "{error}");
+    }
+
+    #[test]
+    fn integers_are_refused_where_numbers_are_due() {
+        let (_folder, weights) = part(&[("ids", Tensor::new(&[1u32], &Device::Cpu).unwrap())]);
+        let error = weights.root().tensor("ids", &[1]).unwrap_err().to_string();
+        assert!(error.contains("tensor `ids` has format U32"), "{error}");
+    }
+
+    #[test]
+    fn a_truncated_file_is_named() {
+        let (folder, weights) = part(&[("a", ones(&[64]))]);
+        drop(weights);
+        let path = folder.path().join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        for keep in [0, 4, 20, bytes.len() - 1] {
+            std::fs::write(&path, &bytes[..keep]).unwrap();
+            let error = Weights::open(folder.path(), "model", &Device::Cpu, DType::F32).err().unwrap().to_string();
+            assert!(error.contains("model.safetensors: "), "{error}");
+        }
+    }
+}
