@@ -53,7 +53,7 @@ impl NoiseSource {
         }
         let mut values: Vec<f32> = (0..count).map(|_| self.uniform()).collect();
         values.chunks_exact_mut(BLOCK).for_each(uniform_to_normal);
-        if count % BLOCK != 0 {
+        if !count.is_multiple_of(BLOCK) {
             let last = &mut values[count - BLOCK..];
             last.fill_with(|| self.uniform());
             uniform_to_normal(last);
@@ -130,7 +130,7 @@ fn log(value: f32) -> f32 {
         -1.666_805_7e-1,
         2.000_071_4e-1,
         -2.499_999_4e-1,
-        3.333_333_1e-1,
+        3.333_333e-1,
     ];
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     const LN_2_HIGH: f32 = 0.693_359_4;

@@ -82,11 +82,6 @@ impl SamplerConfig {
         Ok(Self { kind: *kind, class, values: values.clone() })
     }
 
-    /// The sampler that a request without a choice gets; `None` where the checkpoint names one that Kiln lacks.
-    pub fn kind(&self) -> Option<SamplerKind> {
-        self.kind
-    }
-
     /// The sampler that a request gets and the options it reads, by the rules above.
     ///
     /// # Errors

@@ -29,7 +29,6 @@ mod tests;
 pub use config::SamplerConfig;
 pub use kind::{SamplerKind, ScheduleKind};
 
-use self::options::Options;
 use self::sigmas::Spacing;
 use self::training::Training;
 use crate::noise::NoiseSource;
