@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::FetchArgs;
 use crate::client::{Client, Patience};
-use crate::{output, progress, status};
+use crate::{output, progress, status, stdout};
 
 /// Jobs asked for at once.
 const PAGE: u32 = 500;
@@ -52,9 +52,9 @@ pub async fn run(config: &Config, args: FetchArgs) -> Result<ExitCode> {
     bar.finish_and_clear();
     let unfinished = view.counters.total() - view.counters.finished();
     if args.json {
-        println!("{}", serde_json::json!({ "out": args.out, "unfinished": unfinished, "pictures": tally }));
+        stdout::line(serde_json::json!({ "out": args.out, "unfinished": unfinished, "pictures": tally }))?;
     } else {
-        println!("{}", args.out.display());
+        stdout::line(args.out.display())?;
         eprintln!("kiln: {} pictures fetched, {} were there already", tally.fetched, tally.already_there);
         if unfinished > 0 {
             eprintln!("kiln: {unfinished} jobs are not finished yet; run the same command again for the rest");

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::cli::KeyArgs;
+use crate::stdout;
 
 /// Makes a key and prints how to use it.
 pub fn run(args: &KeyArgs) -> Result<ExitCode> {
@@ -18,7 +19,7 @@ pub fn run(args: &KeyArgs) -> Result<ExitCode> {
         args.name
     );
     let key = make();
-    println!("{key}");
+    stdout::line(format_args!("{key}"))?;
     eprintln!();
     eprintln!("Give that key to {}: `export KILN_API_KEY=…`, or `--api-key …`. It is stored nowhere.", args.name);
     eprintln!("Let it in with this in the scheduler's configuration:");

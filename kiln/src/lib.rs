@@ -33,6 +33,7 @@ mod output;
 mod ports;
 mod progress;
 mod shutdown;
+mod stdout;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
         Ok(code) => code,
+        Err(error) if stdout::has_lost_its_reader(&error) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("kiln: {error:#}");
             ExitCode::FAILURE

@@ -7,9 +7,9 @@ use farm::catalog::ModelFacts;
 use farm::config::Config;
 use scheduler::{ModelView, Models};
 
-use crate::catalog;
 use crate::cli::ModelsArgs;
 use crate::client::{Client, Patience};
+use crate::{catalog, stdout};
 
 /// Lists the configuration's checkpoints, or a scheduler's if one is named.
 pub async fn run(config: &Config, args: ModelsArgs) -> Result<ExitCode> {
@@ -22,9 +22,9 @@ pub async fn run(config: &Config, args: ModelsArgs) -> Result<ExitCode> {
         Models { default: catalog.default_model().to_owned(), models: catalog.models().map(model).collect() }
     };
     if args.json {
-        println!("{}", serde_json::to_string(&models)?);
+        stdout::line(serde_json::to_string(&models)?)?;
     } else {
-        print!("{}", table(&models));
+        stdout::text(table(&models))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -28,7 +28,7 @@ use crate::client::Client;
 use crate::embedded::Farm;
 use crate::output::{Target, write_whole};
 use crate::ports::Ports;
-use crate::{catalog, progress, shutdown};
+use crate::{catalog, progress, shutdown, stdout};
 
 /// Jobs asked for at once.
 const PAGE: u32 = 500;
@@ -88,7 +88,7 @@ async fn catalog_for(config: &mut Config, model: Option<&str>, stop: &Cancellati
         let names: Vec<_> = known.models().map(|(name, _)| name).collect();
         let spinner = progress::spinner(&format!("looking for {model}"));
         resolve(model, &config.worker, stop).await.with_context(|| {
-            format!("--model must be one of {}, a folder or a hub id, but `{model}` is none", names.join(", "))
+            format!("--model must be one of {}, a folder or a hub id; `{model}` was not found", names.join(", "))
         })?;
         spinner.finish_and_clear();
         let entry = ModelConfig { source: model.to_owned(), ..ModelConfig::default() };
@@ -199,10 +199,10 @@ impl Session {
     fn print(&self, json: bool) -> Result<()> {
         if json {
             let images: Vec<_> = self.pictures.values().map(Picture::describe).collect();
-            println!("{}", serde_json::json!({ "images": images }));
+            stdout::line(serde_json::json!({ "images": images }))?;
         } else {
             for picture in self.pictures.values() {
-                println!("{}", picture.path.display());
+                stdout::line(picture.path.display())?;
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use farm::job::{JobView, SubmissionView};
 
 use crate::cli::StatusArgs;
 use crate::client::{Client, Patience};
-use crate::progress;
+use crate::{progress, stdout};
 
 /// How often `--watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -45,16 +45,16 @@ async fn latest(client: &Client, args: &StatusArgs) -> Result<ExitCode> {
     loop {
         let submissions = client.patiently(patience(args), async || client.submissions(LATEST).await).await?;
         if args.json {
-            println!("{}", serde_json::to_string(&submissions)?);
+            stdout::line(serde_json::to_string(&submissions)?)?;
         } else {
-            print!("{}", table(&submissions));
+            stdout::text(table(&submissions))?;
         }
         if !args.watch {
             return Ok(ExitCode::SUCCESS);
         }
         tokio::time::sleep(WATCH_INTERVAL).await;
         if !args.json {
-            println!();
+            stdout::line("")?;
         }
     }
 }
@@ -65,14 +65,14 @@ async fn one(client: &Client, id: SubmissionId, args: &StatusArgs) -> Result<Exi
     }
     let view = client.patiently(patience(args), async || client.submission(id).await).await?;
     if args.json {
-        println!("{}", serde_json::to_string(&view)?);
+        stdout::line(serde_json::to_string(&view)?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    print!("{}", details(&view));
+    stdout::text(details(&view))?;
     if view.counters.failed > 0 {
         let failed =
             client.patiently(patience(args), async || client.jobs(id, Some("failed"), None, FAILURES).await).await?;
-        print!("{}", failures(&failed, view.counters.failed));
+        stdout::text(failures(&failed, view.counters.failed))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -89,7 +89,7 @@ pub async fn watch(client: &Client, id: SubmissionId, json: bool) -> Result<Subm
             return Ok(view);
         }
         if json && last != Some(view.counters) {
-            println!("{}", serde_json::to_string(&view)?);
+            stdout::line(serde_json::to_string(&view)?)?;
             last = Some(view.counters);
         }
         tokio::time::sleep(WATCH_INTERVAL).await;

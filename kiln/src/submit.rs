@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::cli::SubmitArgs;
 use crate::client::{Client, ClientError, Patience};
-use crate::{progress, status};
+use crate::{progress, status, stdout};
 
 /// Bytes read from the file at once.
 const PIECE: usize = 256 * 1024;
@@ -27,9 +27,9 @@ pub async fn run(config: &Config, args: SubmitArgs) -> Result<ExitCode> {
     let accepted = send(&client, &source, &args).await?;
     let id = accepted.submission_id;
     if args.json {
-        println!("{}", serde_json::json!({ "submission_id": id, "jobs": accepted.jobs }));
+        stdout::line(serde_json::json!({ "submission_id": id, "jobs": accepted.jobs }))?;
     } else {
-        println!("{id}");
+        stdout::line(format_args!("{id}"))?;
     }
     if !args.wait {
         if !args.json {
@@ -42,7 +42,7 @@ pub async fn run(config: &Config, args: SubmitArgs) -> Result<ExitCode> {
         .with_context(|| format!("the submission goes on without us; look with `kiln status {id}`"))?;
     let counters = view.counters;
     if args.json {
-        println!("{}", serde_json::to_string(&view)?);
+        stdout::line(serde_json::to_string(&view)?)?;
     } else {
         eprintln!(
             "kiln: {}; get the pictures with `kiln fetch {id} --out FOLDER`",
