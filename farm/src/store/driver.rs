@@ -124,7 +124,7 @@ fn for_sqlite(arguments: Arguments) -> Result<SqliteArguments> {
 }
 
 /// Waits for the database no longer than `patience`.
-async fn bounded<T>(patience: Duration, work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
+pub(super) async fn bounded<T>(patience: Duration, work: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
     match tokio::time::timeout(patience, work).await {
         Ok(outcome) => outcome.map_err(from_driver),
         Err(_) => Err(StoreError::Unavailable(format!("the database has not answered for {patience:?}").into())),

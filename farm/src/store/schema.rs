@@ -1,18 +1,22 @@
 //! Migrations: embedded in the binary, run under a lock, and checked before the store is used.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection};
 
-use super::driver::{Driver, Statement, arguments, statement};
+use super::driver::{Driver, Statement, arguments, bounded, statement};
 use super::error::{from_driver, from_migrator, is_missing_table};
 use super::{Result, StoreError, sqlite};
 
 static POSTGRES: Migrator = sqlx::migrate!("../migrations/postgres");
 static SQLITE: Migrator = sqlx::migrate!("../migrations/sqlite");
+
+/// How long a server may take to let us in.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Tries again when another process has been migrating the same SQLite file: that database has no
 /// lock to hold over several transactions.
@@ -47,13 +51,13 @@ pub async fn migrate(url: &str) -> Result<()> {
     match url.parse()? {
         Address::Postgres(options) => {
             // A connection of its own: if a migration fails, the lock goes with it.
-            let mut connection = options.connect().await.map_err(from_driver)?;
+            let mut connection = bounded(CONNECT, options.connect()).await?;
             let outcome = run(&POSTGRES, &mut connection).await;
             connection.close().await.map_err(from_driver)?;
             outcome
         }
         Address::Sqlite(options) => {
-            let mut connection = options.connect().await.map_err(from_driver)?;
+            let mut connection = bounded(CONNECT, options.connect()).await?;
             migrate_sqlite(&mut connection).await?;
             connection.close().await.map_err(from_driver)
         }
@@ -67,7 +71,7 @@ pub(super) async fn migrate_sqlite(connection: &mut sqlx::SqliteConnection) -> R
         match run(&SQLITE, connection).await {
             Err(error) if attempt < SQLITE_ATTEMPTS && !matches!(error, StoreError::Schema { .. }) => {
                 tracing::debug!(attempt, %error, "could not migrate, perhaps another process does");
-                tokio::time::sleep(std::time::Duration::from_millis(50 << attempt)).await;
+                tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
                 attempt += 1;
             }
             outcome => return outcome,
@@ -87,12 +91,12 @@ pub async fn revert(url: &str, to: i64) -> Result<()> {
     let failed = |error: MigrateError| from_migrator(error, to);
     match url.parse()? {
         Address::Postgres(options) => {
-            let mut connection = options.connect().await.map_err(from_driver)?;
+            let mut connection = bounded(CONNECT, options.connect()).await?;
             POSTGRES.undo(&mut connection, to).await.map_err(failed)?;
             connection.close().await.map_err(from_driver)
         }
         Address::Sqlite(options) => {
-            let mut connection = options.connect().await.map_err(from_driver)?;
+            let mut connection = bounded(CONNECT, options.connect()).await?;
             SQLITE.undo(&mut connection, to).await.map_err(failed)?;
             connection.close().await.map_err(from_driver)
         }

@@ -4,3 +4,5 @@
 mod broker;
 /// Where the real servers are.
 mod services;
+/// The store: one suite for every implementation.
+mod store;
