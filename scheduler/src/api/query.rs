@@ -36,7 +36,7 @@ pub(super) fn read_query<T>(read: Result<Query<T>, QueryRejection>) -> Result<T,
     let text = std::error::Error::source(&rejection).map_or_else(|| rejection.body_text(), ToString::to_string);
     // The text is `PATH: MESSAGE`, or the message alone.
     let begin = ["unknown field `", "duplicate field `"].iter().find_map(|words| text.find(words));
-    Err(explain_mismatch("query", &text[begin.unwrap_or(0)..]).into())
+    Err(explain_mismatch(".", &text[begin.unwrap_or(0)..]).into())
 }
 
 /// The id in a path.

@@ -159,7 +159,8 @@ fn collect_bounded<'de, A: SeqAccess<'de>, T: Deserialize<'de>>(mut entries: A) 
     while let Some(entry) = entries.next_element()? {
         if list.len() == LIST_ENTRIES {
             return Err(A::Error::custom(format!(
-                "invalid length: more, expected at most {LIST_ENTRIES} entries (send more as application/x-ndjson)"
+                "invalid length {} or more, expected at most {LIST_ENTRIES} entries (send more as application/x-ndjson)",
+                LIST_ENTRIES + 1
             )));
         }
         list.push(entry);
