@@ -1,1 +1,8 @@
-//! Integration tests.
+//! The engine's public face: folders of weights in, pictures out.
+
+mod support;
+
+mod load_errors;
+mod mixed_batch;
+mod pictures;
+mod requests;

@@ -1,0 +1,68 @@
+//! Whole pictures against diffusers': the same seed gives the same picture.
+
+use std::collections::BTreeMap;
+
+use engine::{RowRequest, render};
+use image::RgbImage;
+use serde::Deserialize;
+
+use crate::support::{CHECKPOINTS, checkpoint, fixtures};
+
+/// One entry of `pictures.json`.
+#[derive(Deserialize)]
+struct Golden {
+    checkpoint: String,
+    file: String,
+    prompt: String,
+    negative_prompt: String,
+    width: usize,
+    height: usize,
+    steps: usize,
+    guidance_scale: f64,
+    sampler: Option<String>,
+    schedule: Option<String>,
+    seed: u64,
+}
+
+impl Golden {
+    fn request(&self) -> RowRequest {
+        RowRequest {
+            prompt: self.prompt.clone(),
+            negative_prompt: self.negative_prompt.clone(),
+            width: self.width,
+            height: self.height,
+            steps: self.steps,
+            guidance_scale: self.guidance_scale,
+            sampler: self.sampler.as_deref().map(|word| word.parse().unwrap()),
+            schedule: self.schedule.as_deref().map(|word| word.parse().unwrap()),
+            seed: self.seed,
+        }
+    }
+}
+
+fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
+    assert_eq!(got.dimensions(), expected.dimensions());
+    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn every_picture_is_at_most_one_level_off_diffusers() {
+    let list = std::fs::read_to_string(fixtures().join("pictures.json")).unwrap();
+    let goldens: Vec<Golden> = serde_json::from_str(&list).unwrap();
+    let mut worst: BTreeMap<&str, (u8, usize)> = BTreeMap::new();
+    let mut off = Vec::new();
+    for golden in &goldens {
+        let path = fixtures().join("pictures").join(&golden.file);
+        let expected = image::open(path).unwrap().into_rgb8();
+        let got = render(&checkpoint(&golden.checkpoint), &golden.request(), |_, _| {}).unwrap();
+        let difference = largest_difference(&got, &expected);
+        let entry = worst.entry(&golden.checkpoint).or_default();
+        *entry = (entry.0.max(difference), entry.1 + 1);
+        if difference > 1 {
+            off.push(format!("{} by {difference}", golden.file));
+        }
+    }
+    println!("largest difference and number of pictures per checkpoint: {worst:?}");
+    assert!(off.is_empty(), "more than one level off: {off:?}");
+    assert!(CHECKPOINTS.iter().all(|name| worst.contains_key(name)), "a checkpoint has no pictures: {worst:?}");
+}

@@ -1,0 +1,69 @@
+//! Checkpoints to render with, and requests to start from.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest};
+
+/// Every checkpoint that has goldens.
+pub const CHECKPOINTS: [&str; 6] = ["sd1", "sd2", "one_layer", "bf16", "bare_tokenizer", "demo"];
+
+/// Where the goldens and the tiny checkpoints are.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// A checkpoint's folder.
+pub fn folder(checkpoint: &str) -> PathBuf {
+    match checkpoint {
+        "demo" => Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model"),
+        name => fixtures().join("checkpoints").join(name),
+    }
+}
+
+/// The processor.
+pub fn cpu() -> Device {
+    Device::open(DeviceChoice::Cpu).unwrap()
+}
+
+/// A checkpoint in `f32`, loaded once for all tests.
+pub fn checkpoint(name: &str) -> Arc<Checkpoint> {
+    static LOADED: [OnceLock<Arc<Checkpoint>>; CHECKPOINTS.len()] = [const { OnceLock::new() }; CHECKPOINTS.len()];
+    let index = CHECKPOINTS.iter().position(|known| *known == name).unwrap();
+    let load = || Arc::new(Checkpoint::load(&folder(name), &cpu(), Precision::F32).unwrap());
+    Arc::clone(LOADED[index].get_or_init(load))
+}
+
+/// A small request that each test changes where it matters.
+pub fn request(prompt: &str) -> RowRequest {
+    RowRequest {
+        prompt: prompt.to_owned(),
+        negative_prompt: String::new(),
+        width: 64,
+        height: 64,
+        steps: 4,
+        guidance_scale: 5.0,
+        sampler: None,
+        schedule: None,
+        seed: 1,
+    }
+}
+
+/// Copies a checkpoint to a fresh folder, so that a test can break it.
+pub fn copy_of(checkpoint: &str) -> tempfile::TempDir {
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let to = to.join(entry.file_name());
+            if entry.file_type().unwrap().is_dir() {
+                copy(&entry.path(), &to);
+            } else {
+                std::fs::copy(entry.path(), to).unwrap();
+            }
+        }
+    }
+    let target = tempfile::tempdir().unwrap();
+    copy(&folder(checkpoint), target.path());
+    target
+}
