@@ -241,6 +241,21 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path().join(STAGING)).unwrap().count(), 0);
     }
 
+    #[tokio::test]
+    async fn a_part_of_a_path_is_no_object() {
+        let folder = tempfile::tempdir().unwrap();
+        let artifacts = FolderArtifacts::open(folder.path()).unwrap();
+        let path = image().path();
+        fs::create_dir_all(folder.path().join(&path).parent().unwrap()).unwrap();
+        fs::write(folder.path().join(&path), b"picture").unwrap();
+        for part in [path.rsplit_once('/').unwrap().0.to_owned(), format!("{path}/more")] {
+            let read = artifacts.get(&part).await;
+            assert!(matches!(&read, Err(ArtifactError::NotFound(missing)) if *missing == part), "{read:?}");
+            artifacts.delete(&part).await.unwrap();
+        }
+        assert_eq!(artifacts.get(&path).await.unwrap(), "picture");
+    }
+
     #[cfg(unix)]
     #[tokio::test]
     async fn a_link_out_of_the_folder_is_not_listed() {

@@ -99,7 +99,7 @@ pub trait ArtifactStore: Send + Sync + 'static {
     /// Paths of all objects that start with `prefix`, in order. For tests, exports and operators.
     async fn list(&self, prefix: &str) -> Result<Vec<String>>;
 
-    /// A URL that anyone may read the object with for that long, or `None` where the store cannot
+    /// A URL that anyone may read the object with for that long (a week at most), or `None` where the store cannot
     /// make one (a folder).
     async fn presign(&self, path: &str, valid_for: Duration) -> Result<Option<String>>;
 }
@@ -107,11 +107,12 @@ pub trait ArtifactStore: Send + Sync + 'static {
 /// A shared artifact store.
 pub type SharedArtifacts = Arc<dyn ArtifactStore>;
 
-/// The artifact store that the configuration names, or `default_folder` if it names none.
+/// The artifact store that the configuration names, or `default_folder` if it names none. A folder is made if it is
+/// missing; a bucket is not, and is first asked for by [`ArtifactStore::ping`].
 pub fn open(config: &ArtifactsConfig, default_folder: &Path) -> Result<SharedArtifacts> {
     let folder = match config.url.as_str() {
         "" => default_folder,
-        url if url.starts_with("s3:") => return Err(ArtifactError::Internal("not in this build".into())),
+        url if url.starts_with("s3:") => return Ok(Arc::new(s3::S3Artifacts::open(config)?)),
         url => Path::new(folder_of(url)?),
     };
     Ok(Arc::new(folder::FolderArtifacts::open(folder)?))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farm::batch_key::BatchKey;
 use farm::broker::amqp::AmqpBroker;
-use farm::broker::{Broker, Consumer, Delivery, ProgressStream, SharedBroker, connect};
+use farm::broker::{Consumer, Delivery, ProgressStream, SharedBroker, connect};
 use farm::id::{JobId, WorkerId};
 use farm::job::Lane;
 use farm::message::{JobMessage, Progress, ProgressEvent, QueueKey, VERSION};
@@ -53,6 +53,32 @@ impl Subject {
         let queue = QueueKey { model: model.into(), lane: Lane::Bulk };
         self.tidy_up_later(&queue);
         queue
+    }
+
+    fn on_amqp(&self) -> &Amqp {
+        self.amqp.as_ref().expect("this test is about AMQP")
+    }
+
+    /// What every name on the server begins with.
+    pub fn prefix(&self) -> &str {
+        &self.on_amqp().prefix
+    }
+
+    /// What a queue is called on the server.
+    pub fn queue_name(&self, queue: &QueueKey) -> String {
+        self.on_amqp().names.queue_name(queue)
+    }
+
+    /// What the dead-letter queue is called on the server.
+    pub fn dead_letters(&self) -> String {
+        format!("{}.dead", self.prefix())
+    }
+
+    /// The server's host and port, and its URL with another in their place.
+    pub fn through(&self, other: &str) -> (String, String) {
+        let url = &self.on_amqp().url;
+        let server = url.split('@').nth(1).unwrap().split('/').next().unwrap();
+        (server.to_owned(), url.replace(server, other))
     }
 
     fn tidy_up_later(&self, queue: &QueueKey) {
