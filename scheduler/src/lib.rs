@@ -50,6 +50,7 @@ use crate::loops::{Rhythm, repeat};
 use crate::metrics::Metrics;
 use crate::reaper::Reaper;
 use crate::reconciler::Reconciler;
+use crate::submission::Spool;
 
 /// The shortest rest of a loop, whatever the configuration says.
 const SHORTEST_REST: Duration = Duration::from_millis(1);
@@ -77,9 +78,13 @@ pub struct Scheduler {
 /// Serves the API on `listener` and runs the loops until `shutdown` resolves. Then: no new connections, watchers
 /// of jobs are sent away, open requests get `shutdown_seconds` to end, the loops end after their sweep.
 ///
-/// Errors: a key hash that cannot be read; an address that others can reach while there are no API keys.
+/// Errors: a key hash that cannot be read; an address that others can reach while there are no API keys; a folder
+/// for streamed submissions that cannot be written to.
 pub async fn run(scheduler: Scheduler, listener: TcpListener, shutdown: impl Future) -> anyhow::Result<()> {
     let keys = Keys::read(&scheduler.api.key_hashes)?;
+    Spool::create(scheduler.api.spool_dir.as_deref())
+        .await
+        .context("streamed submissions cannot be spooled: set `api.spool_dir` to a folder that can be written to")?;
     let address = listener.local_addr().context("the listening socket has no address")?;
     let loopback = address.ip().to_canonical().is_loopback();
     if keys.is_empty() && !loopback {

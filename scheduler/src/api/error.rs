@@ -314,3 +314,41 @@ impl IntoResponse for ApiError {
         response
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_full_spool_is_told_as_insufficient_storage_with_its_folder() {
+        let full = SpoolError::Full { folder: "/spool".into(), source: io::ErrorKind::StorageFull.into() };
+        let error = ApiError::from(full);
+        let problem = &error.0.problem;
+        assert_eq!(problem.field.as_deref(), Some("api.spool_dir"));
+        assert_eq!(problem.value.as_deref(), Some("`/spool`, which is full"));
+        assert_eq!(error.into_response().status(), StatusCode::INSUFFICIENT_STORAGE);
+    }
+
+    #[test]
+    fn what_a_stream_of_jobs_failed_with_comes_through_the_store_unchanged() {
+        let refusal = ValidationError { field: "steps".into(), limit: "1 to 1000".into(), value: "0".into() };
+        let source = StoreError::Source(ApiError::from(refusal).at_job(3).into());
+        let error = ApiError::from(source);
+        assert_eq!((error.0.kind, error.0.problem.job), (ProblemKind::InvalidField, Some(3)));
+    }
+
+    #[test]
+    fn the_log_gets_the_whole_chain_and_the_client_does_not() {
+        let error = ApiError::from(StoreError::Internal("a secret cause".into()));
+        assert!(error.report().contains("a secret cause"), "{}", error.report());
+        assert!(!error.to_string().contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn the_innermost_line_is_the_one_that_is_named() {
+        let error = ApiError::new(ProblemKind::MalformedRequest, "broken").at_line(7).at_line(9);
+        assert_eq!((error.0.problem.line, error.to_string()), (Some(7), "line 7: broken".to_owned()));
+    }
+}

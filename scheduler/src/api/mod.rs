@@ -1,6 +1,6 @@
 //! The HTTP API.
 //!
-//! Reading order: [`router`](self::router()) (every route, and what each passes through), `auth` (who may call),
+//! Reading order: `router` (every route, and what each passes through), `auth` (who may call),
 //! `observe` (log, metrics, panics, time limits), `error` (what goes wrong, as a problem document), `body`, `query` and
 //! `idempotency` (how requests are read); then a file per resource: `jobs`, `submissions`, `intake` (JSON
 //! Lines), `stream` (one job's news), `image`, `models`, `workers`, `health`, `scrape` (metrics), and `openapi`.

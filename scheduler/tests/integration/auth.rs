@@ -1,4 +1,4 @@
-//! Who may call.
+//! Who may call, and what a scheduler refuses to start with.
 
 use std::collections::BTreeMap;
 
@@ -83,4 +83,12 @@ async fn a_key_hash_that_is_none_is_refused_at_the_start() {
     let error = Farm::refused(settings, listener).await;
     assert!(error.contains("`api.key_hashes.ada`"), "{error}");
     assert!(!error.contains("open sesame"), "what may be a key is not repeated: {error}");
+}
+
+#[tokio::test]
+async fn a_spool_folder_that_cannot_be_written_to_is_refused_at_the_start() {
+    let mut settings = Settings::default();
+    settings.api.spool_dir = Some("/no/such/folder".into());
+    let error = Farm::refused(settings, TcpListener::bind("127.0.0.1:0").await.unwrap()).await;
+    assert!(error.contains("`api.spool_dir`") && error.contains("/no/such/folder"), "{error}");
 }

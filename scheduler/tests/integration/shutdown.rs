@@ -18,11 +18,8 @@ async fn an_open_stream_is_sent_away_and_does_not_hold_up_the_stop() {
     let begun = Instant::now();
     farm.begin_stop();
     // In order, but without `[DONE]`: the reader knows that it must come back.
-    loop {
-        match events.next_data().await {
-            Some(data) => assert_ne!(data, "[DONE]"),
-            None => break,
-        }
+    while let Some(data) = events.next_data().await {
+        assert_ne!(data, "[DONE]");
     }
     farm.stopped().await;
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());

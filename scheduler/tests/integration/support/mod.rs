@@ -88,7 +88,7 @@ impl Farm {
     pub async fn refused(settings: Settings, listener: TcpListener) -> String {
         let mut farm = Self::start_on(settings, listener).await;
         let ended = tokio::time::timeout(PATIENCE, &mut farm.running).await.expect("it gives up at once");
-        ended.unwrap().expect_err("it must not start").to_string()
+        format!("{:#}", ended.unwrap().expect_err("it must not start"))
     }
 
     async fn start_on(settings: Settings, listener: TcpListener) -> Self {
