@@ -194,15 +194,12 @@ impl Special {
         Ok(Self { roles, added, model_max_length: model_max_length.and_then(Value::as_u64) })
     }
 
-    /// Each token once: those with ids in their order, then the roles.
+    /// Those with ids in their order, then the roles that these lack. Two roles may name one text with
+    /// different properties; the later one's hold, as in transformers.
     fn in_order(&self) -> Vec<AddedToken> {
-        let mut tokens: Vec<AddedToken> = Vec::new();
-        for token in self.added.values().chain(self.roles.values()) {
-            if !tokens.iter().any(|known| known.content == token.content) {
-                tokens.push(token.clone());
-            }
-        }
-        tokens
+        let listed = |token: &AddedToken| self.added.values().any(|known| known.content == token.content);
+        let roles = self.roles.values().filter(|token| !listed(token));
+        self.added.values().chain(roles).cloned().collect()
     }
 }
 
@@ -256,6 +253,22 @@ mod tests {
     fn case_and_white_space_do_not_matter() {
         let tokenizer = demo();
         assert_eq!(tokenizer.ids("  A RED\n\tStar ").unwrap(), tokenizer.ids("a red star").unwrap());
+    }
+
+    #[test]
+    fn the_last_role_decides_whether_an_end_token_in_capitals_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model/tokenizer");
+        for name in ["vocab.json", "merges.txt"] {
+            std::fs::copy(demo.join(name), folder.path().join(name)).unwrap();
+        }
+        let end = serde_json::json!({"content": END, "normalized": true, "lstrip": false, "rstrip": false, "single_word": false});
+        for (pad, is_end) in [(serde_json::json!("!"), true), (serde_json::json!(END), false), (end.clone(), true)] {
+            let map = serde_json::json!({"eos_token": end, "unk_token": end, "pad_token": pad});
+            std::fs::write(folder.path().join("special_tokens_map.json"), map.to_string()).unwrap();
+            let ids = Tokenizer::load(folder.path(), 77, 632).unwrap().ids("<|ENDOFTEXT|> star").unwrap();
+            assert_eq!(ids[1] == 631, is_end, "{pad}");
+        }
     }
 
     #[test]
