@@ -50,6 +50,7 @@ async fn rest(context: &Context, time: Duration) {
 
 /// What to serve next, as the store recorded it; `None` if the store did not answer.
 async fn choose(context: &Context) -> Option<Option<String>> {
+    let _speaking = context.speaking.lock().await;
     let post = context.post();
     let config = &context.config;
     let bounds =
@@ -159,7 +160,9 @@ async fn serve_one(context: &Arc<Context>, model: &str, fate: Fate) -> Result<()
     if let Err(error) = intake.await {
         tracing::error!(%error, "intake ended badly");
     }
-    let waiting = context.device.take_waiting().await?;
-    settle::released(context, waiting).await;
+    // The device answers at its next step boundary; a stop that is overdue by then gives back all.
+    if let Some(waiting) = context.overdue.run_until_cancelled(context.device.take_waiting()).await {
+        settle::released(context, waiting?).await;
+    }
     Ok(())
 }

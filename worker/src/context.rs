@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -42,7 +42,6 @@ pub(crate) struct Tally {
     pub(crate) lost: AtomicU64,
     pub(crate) loads: AtomicU64,
     failures_in_row: AtomicU32,
-    last_failure: Mutex<Option<String>>,
 }
 
 /// Shared by all tasks of a worker.
@@ -62,11 +61,16 @@ pub(crate) struct Context {
     pub(crate) announcer: Announcer,
     pub(crate) tally: Tally,
     pub(crate) post: Mutex<Post>,
+    /// Held while the store is told what this worker serves, so that a heartbeat under way never
+    /// overwrites a placement with what was true before it.
+    pub(crate) speaking: tokio::sync::Mutex<()>,
     /// No more jobs: an orderly stop, or too many failures.
     pub(crate) stop: CancellationToken,
-    /// Set with `stop` when it was failures.
-    pub(crate) drained: CancellationToken,
-    /// No more patience: what is not settled yet is left to the reaper.
+    /// The failures that made this worker stop itself, if they did.
+    pub(crate) drained: OnceLock<String>,
+    /// The time that an orderly stop may take is over.
+    pub(crate) overdue: CancellationToken,
+    /// No more patience with the store: what is not settled yet is left to the reaper.
     pub(crate) abandon: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }
@@ -113,20 +117,16 @@ impl Context {
         if failure.kind == FailureKind::Invalid {
             return;
         }
-        let message = format!("{}: {}", failure.kind.as_str(), failure.message);
-        *self.tally.last_failure.lock().expect("no holder of this lock panics") = Some(message);
         let in_row = self.tally.failures_in_row.fetch_add(1, Relaxed) + 1;
-        if in_row >= self.config.max_failures && self.config.max_failures > 0 && !self.drained.is_cancelled() {
-            tracing::error!(worker.id = %self.id, failures = in_row, last = failure.message, "too many failures in a row: this worker drains itself");
-            self.drained.cancel();
+        if in_row < self.config.max_failures || self.config.max_failures == 0 {
+            return;
+        }
+        let (kind, message) = (failure.kind.as_str(), &failure.message);
+        let story = format!("{in_row} failures in a row, the last: {kind}: {message}");
+        if self.drained.set(story).is_ok() {
+            tracing::error!(worker.id = %self.id, failures = in_row, kind, message, "too many failures in a row: this worker drains itself");
             self.stop.cancel();
         }
-    }
-
-    /// The failures in a row so far, and the last of them.
-    pub(crate) fn failures(&self) -> (u32, String) {
-        let last = self.tally.last_failure.lock().expect("no holder of this lock panics").clone();
-        (self.tally.failures_in_row.load(Relaxed), last.unwrap_or_default())
     }
 
     /// Asks the store until it answers. An outage is waited out, until `give_up`; other errors are tried

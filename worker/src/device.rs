@@ -129,7 +129,9 @@ fn run<R: Renderer>(mut inbox: mpsc::Receiver<Command>, mut rows: Rows<R>) {
     let mut idle = Vec::new();
     loop {
         if rows.is_empty() {
-            idle.drain(..).for_each(|reply: oneshot::Sender<()>| drop(reply.send(())));
+            for reply in idle.drain(..) {
+                let _asker_has_gone: Result<(), ()> = oneshot::Sender::send(reply, ());
+            }
             match inbox.blocking_recv() {
                 Some(command) => obey(command, &mut rows, &mut idle),
                 None => return,

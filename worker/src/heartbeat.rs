@@ -27,8 +27,10 @@ pub(crate) async fn run(context: Arc<Context>, stop: CancellationToken) {
 /// leases cannot wait for that.
 pub(crate) async fn beat(context: &Arc<Context>) -> Result<(), StoreError> {
     let leases = context.holdings.leases();
-    let answer = context.store.heartbeat(&context.status(), &leases, context.lease_time()).await?;
-    let Heartbeat { lost, cancelled } = answer;
+    let Heartbeat { lost, cancelled } = {
+        let _speaking = context.speaking.lock().await;
+        context.store.heartbeat(&context.status(), &leases, context.lease_time()).await?
+    };
     let lost = affected(&leases, &lost, |lease| context.holdings.mark_lost(lease));
     let cancelled = affected(&leases, &cancelled, |lease| context.holdings.mark_cancelled(lease));
     if !lost.is_empty() || !cancelled.is_empty() {

@@ -108,8 +108,10 @@ pub async fn run_with(
         announcer: Announcer::default(),
         tally: Tally::default(),
         post: Default::default(),
+        speaking: Default::default(),
         stop: CancellationToken::new(),
-        drained: CancellationToken::new(),
+        drained: Default::default(),
+        overdue: CancellationToken::new(),
         abandon: CancellationToken::new(),
         tasks: TaskTracker::new(),
     });
@@ -133,8 +135,7 @@ pub async fn run_with(
     let _ = tokio::time::timeout(JOIN_PATIENCE, context.tasks.wait()).await;
 
     let summary = summarise(&context);
-    let (failures, last) = context.failures();
-    let drained = context.drained.is_cancelled();
+    let drained = context.drained.get().cloned();
     drop(context);
     let joined = tokio::task::spawn_blocking(move || thread.join());
     if tokio::time::timeout(JOIN_PATIENCE, joined).await.is_err() {
@@ -142,8 +143,8 @@ pub async fn run_with(
     }
     tracing::info!(worker.id = %summary.worker_id, done = summary.done, failed = summary.failed, released = summary.released, loads = summary.loads, "the worker has stopped");
     served?;
-    if drained {
-        bail!("worker {} drained itself after {failures} failures in a row, the last: {last}", summary.worker_id);
+    if let Some(failures) = drained {
+        bail!("worker {} drained itself after {failures}", summary.worker_id);
     }
     Ok(summary)
 }
@@ -162,12 +163,23 @@ async fn live(
         bail!("the store refuses this worker's registration (see the log)");
     }
     context.tasks.spawn(heartbeat::run(Arc::clone(context), background.clone()));
+    context.tasks.spawn(time_the_stop(Arc::clone(context), background.clone()));
     context.tasks.spawn(announce(Arc::clone(context), background.clone()));
     context.tasks.spawn(listen(Arc::clone(context), events, background));
     let served = affinity::serve(context).await;
     context.stop.cancel();
     wind_down(context).await;
     served.context("serving")
+}
+
+/// Calls an orderly stop overdue once it has taken its time.
+async fn time_the_stop(context: Arc<Context>, end: CancellationToken) {
+    let timing = async {
+        context.stop.cancelled().await;
+        tokio::time::sleep(seconds(context.config.shutdown_seconds)).await;
+        context.overdue.cancel();
+    };
+    end.run_until_cancelled(timing).await;
 }
 
 async fn announce(context: Arc<Context>, stop: CancellationToken) {
@@ -197,8 +209,7 @@ async fn listen(context: Arc<Context>, mut events: mpsc::UnboundedReceiver<Event
 
 /// Finishes what runs for as long as an orderly stop may take, gives back the rest, and says goodbye.
 async fn wind_down(context: &Arc<Context>) {
-    let patience = seconds(context.config.shutdown_seconds);
-    if tokio::time::timeout(patience, context.holdings.empty()).await.is_err() {
+    if context.overdue.run_until_cancelled(context.holdings.empty()).await.is_none() {
         tracing::warn!(worker.id = %context.id, jobs = context.holdings.len(), "the stop takes too long: what is left is given back");
         let release = settle::released(context, context.holdings.job_ids());
         let _ = tokio::time::timeout(JOIN_PATIENCE, release).await;
