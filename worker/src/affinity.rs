@@ -33,9 +33,12 @@ pub(crate) async fn serve(context: &Arc<Context>) -> Result<(), DeviceGone> {
     while !context.stop.is_cancelled() {
         match choose(context).await {
             Some(Some(model)) => {
-                pause = Backoff::default();
-                let Some(fate) = prepare(context, &model).await? else { break };
-                serve_one(context, &model, fate).await?;
+                if let Some(fate) = prepare(context, &model).await? {
+                    pause = Backoff::default();
+                    serve_one(context, &model, fate).await?;
+                } else {
+                    context.stop.run_until_cancelled(pause.rest()).await;
+                }
             }
             Some(None) => rest(context, IDLE_PAUSE).await,
             None => drop(context.stop.run_until_cancelled(pause.rest()).await),
@@ -82,7 +85,7 @@ async fn choose(context: &Context) -> Option<Option<String>> {
 }
 
 /// Makes a checkpoint warm once the rows of the one before have finished. What to do with its jobs;
-/// `None` if the worker is to stop.
+/// `None` if they have to wait, since the weights cannot be had now, or the worker is to stop.
 async fn prepare(context: &Arc<Context>, model: &str) -> Result<Option<Fate>, DeviceGone> {
     if context.post().warm.as_deref() == Some(model) {
         return Ok(Some(Fate::Render));
@@ -91,23 +94,26 @@ async fn prepare(context: &Arc<Context>, model: &str) -> Result<Option<Fate>, De
     idle?;
     let Some(loaded) = context.stop.run_until_cancelled(load(context, model)).await else { return Ok(None) };
     let now = context.clock.now();
-    Ok(Some(match loaded? {
+    context.change_post(|post| post.since = now);
+    match loaded? {
         Ok(load_time) => {
             context.tally.loads.fetch_add(1, Relaxed);
-            context.change_post(|post| {
-                (post.warm, post.since, post.load_time) = (Some(model.to_owned()), now, load_time);
-            });
+            context.change_post(|post| (post.warm, post.load_time) = (Some(model.to_owned()), load_time));
             tracing::info!(worker.id = %context.id, checkpoint = model, duration_ms = load_time.as_millis() as u64, "a checkpoint is warm");
-            Fate::Render
+            Ok(Some(Fate::Render))
         }
         Err(failure) => {
-            context.change_post(|post| post.since = now);
-            let message = &failure.message;
-            tracing::error!(worker.id = %context.id, checkpoint = model, message, "a checkpoint cannot be served: its jobs fail");
             context.note_failure(&failure);
-            Fate::Refuse(failure)
+            let message = &failure.message;
+            if failure.kind == FailureKind::Retryable {
+                // Nothing speaks against the jobs: they stay in their queue, with all their attempts.
+                tracing::warn!(worker.id = %context.id, checkpoint = model, message, "a checkpoint cannot be had now: trying again");
+                return Ok(None);
+            }
+            tracing::error!(worker.id = %context.id, checkpoint = model, message, "a checkpoint cannot be served: its jobs fail");
+            Ok(Some(Fate::Refuse(failure)))
         }
-    }))
+    }
 }
 
 /// Finds the checkpoint's folder and loads it. How long that took, or why its jobs fail.

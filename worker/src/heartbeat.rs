@@ -7,16 +7,16 @@ use farm::id::JobId;
 use farm::job::Lease;
 use farm::store::{Heartbeat, StoreError};
 use tokio::time::MissedTickBehavior;
-use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::settle;
 
-/// Beats until `stop`. A store that is away is told of at the next beat.
-pub(crate) async fn run(context: Arc<Context>, stop: CancellationToken) {
+/// Beats until nothing is in hand any more: a beat after the goodbye would bring the worker back to life.
+/// A store that is away hears the next one.
+pub(crate) async fn run(context: Arc<Context>) {
     let mut ticks = tokio::time::interval(seconds(context.config.heartbeat_seconds.max(0.01)));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+    while context.abandon.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Err(error) = beat(&context).await {
             tracing::warn!(worker.id = %context.id, %error, "a heartbeat did not reach the store");
         }
@@ -29,6 +29,9 @@ pub(crate) async fn beat(context: &Arc<Context>) -> Result<(), StoreError> {
     let leases = context.holdings.leases();
     let Heartbeat { lost, cancelled } = {
         let _speaking = context.speaking.lock().await;
+        if context.abandon.is_cancelled() {
+            return Ok(());
+        }
         context.store.heartbeat(&context.status(), &leases, context.lease_time()).await?
     };
     let lost = affected(&leases, &lost, |lease| context.holdings.mark_lost(lease));

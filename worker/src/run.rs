@@ -162,7 +162,7 @@ async fn live(
         }
         bail!("the store refuses this worker's registration (see the log)");
     }
-    context.tasks.spawn(heartbeat::run(Arc::clone(context), background.clone()));
+    context.tasks.spawn(heartbeat::run(Arc::clone(context)));
     context.tasks.spawn(time_the_stop(Arc::clone(context), background.clone()));
     context.tasks.spawn(announce(Arc::clone(context), background.clone()));
     context.tasks.spawn(listen(Arc::clone(context), events, background));
@@ -215,6 +215,7 @@ async fn wind_down(context: &Arc<Context>) {
         let _ = tokio::time::timeout(JOIN_PATIENCE, release).await;
     }
     context.abandon.cancel();
+    let _speaking = tokio::time::timeout(JOIN_PATIENCE, context.speaking.lock()).await;
     match tokio::time::timeout(JOIN_PATIENCE, context.store.goodbye(&context.id)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(worker.id = %context.id, %error, "could not say goodbye"),

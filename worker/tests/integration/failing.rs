@@ -114,6 +114,32 @@ async fn jobs_of_a_checkpoint_that_cannot_be_loaded_fail_with_the_reason() {
 }
 
 #[tokio::test]
+async fn jobs_wait_unspent_for_a_checkpoint_that_cannot_be_had_now() {
+    let (farm, stage): (_, Arc<Stage>) = (TestFarm::new().await, Arc::default());
+    stage.set(|state| state.load_error = Some(RenderError::Broken("the disk of the cache is full".into())));
+    let jobs = farm.submit_prompts(&["1", "2"]).await;
+    let running = farm.start(&stage);
+    wait_for("two loads to fail", async || stage.state().loads.len() == 2).await;
+    assert_eq!(farm.totals().await.queued, 2);
+    stage.set(|state| state.load_error = None);
+    farm.wait_for_state(&jobs, JobState::Done).await;
+    assert_eq!(farm.job(jobs[0]).await.attempts, 1);
+    let summary = running.stop().await;
+    assert_eq!((summary.done, summary.failed, summary.loads), (2, 0, 1));
+}
+
+#[tokio::test]
+async fn a_worker_that_can_load_nothing_drains_itself() {
+    let farm = TestFarm::with(|config| config.max_failures = 2).await;
+    let stage: Arc<Stage> = Arc::default();
+    stage.set(|state| state.load_error = Some(RenderError::Broken("no such device any more".into())));
+    farm.submit_prompts(&["1"]).await;
+    let error = farm.start(&stage).ended().await.unwrap_err().to_string();
+    assert!(error.contains("2 failures in a row, the last: retryable: checkpoint `a`: no such device"), "{error}");
+    assert_eq!(farm.totals().await.queued, 1);
+}
+
+#[tokio::test]
 async fn jobs_of_an_unknown_checkpoint_fail_with_the_known_ones() {
     let (farm, stage) = (TestFarm::new().await, Arc::default());
     let jobs = farm.submit([RenderSpec { model: "lost".into(), ..TestFarm::spec("x") }]).await;

@@ -1,16 +1,10 @@
-//! The hub: its cache first, then downloads that go on where they were cut.
-//!
-//! `hf-hub` knows the cache's layout, shared with Python. The transfers are our own, since its own go
-//! wrong where a partial file is complete already, where a server ignores `Range`, and where a
-//! connection stalls, and it compares no hashes.
+//! Requests to the hub, tried again while they bring something.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use farm::config::WorkerConfig;
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
@@ -18,20 +12,20 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 
-use crate::resolve::{HubId, INDEX, ResolveError, is_plain, needed};
+use super::{Result, is_name};
+use crate::resolve::{HubId, ResolveError};
 
 const PUBLIC: &str = "https://huggingface.co";
 
 /// Tries in a row that bring nothing before a transfer is given up.
 const TRIES: u32 = 5;
 
-type Result<T, E = ResolveError> = std::result::Result<T, E>;
+/// How long to wait for an address, a connection, an answer, or the next bytes of it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(crate) struct Hub {
+pub(super) struct Web {
     endpoint: String,
-    cache: Cache,
     token: Option<String>,
-    offline: bool,
     /// Follows redirects, and sends the token to the hub alone.
     agent: Agent,
     /// Shows redirects, whose headers tell about the file behind them.
@@ -41,101 +35,46 @@ pub(crate) struct Hub {
 
 /// A repository at one commit.
 #[derive(Deserialize)]
-struct RepoInfo {
-    sha: String,
-    siblings: Vec<Sibling>,
+pub(super) struct RepoInfo {
+    pub(super) sha: String,
+    pub(super) siblings: Vec<Sibling>,
 }
 
 #[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
+pub(super) struct Sibling {
+    pub(super) rfilename: String,
 }
 
 /// A file's content, as its headers name it.
-struct Content {
-    etag: String,
-    size: u64,
+pub(super) struct Content {
+    pub(super) etag: String,
+    pub(super) size: u64,
 }
 
-impl Hub {
-    pub(crate) fn new(config: &WorkerConfig, stop: CancellationToken) -> Self {
-        let cache = match &config.hub_cache {
-            Some(folder) => Cache::new(folder.join("hub")),
-            None => Cache::from_env(),
-        };
+impl Web {
+    pub(super) fn new(endpoint: Option<&str>, token: Option<String>, stop: CancellationToken) -> Self {
         let agent = |redirects: u32| {
             let builder = Agent::config_builder()
                 .http_status_as_error(false)
                 .max_redirects(redirects)
                 .max_redirects_will_error(redirects > 0)
                 .redirect_auth_headers(RedirectAuthHeaders::SameHost)
-                .timeout_resolve(Some(Duration::from_secs(20)))
-                .timeout_connect(Some(Duration::from_secs(20)))
-                .timeout_recv_response(Some(Duration::from_secs(60)))
-                .timeout_per_read(Some(Duration::from_secs(60)));
+                .timeout_resolve(Some(PATIENCE))
+                .timeout_connect(Some(PATIENCE))
+                .timeout_recv_response(Some(PATIENCE))
+                .timeout_per_read(Some(PATIENCE));
             builder.build().into()
         };
-        Self {
-            endpoint: config.hub_endpoint.as_deref().unwrap_or(PUBLIC).trim_end_matches('/').to_owned(),
-            token: config.hub_token.as_ref().map(|token| token.0.clone()).or_else(|| cache.token()),
-            cache,
-            offline: config.offline,
-            agent: agent(10),
-            direct: agent(0),
-            stop,
-        }
+        let endpoint = endpoint.unwrap_or(PUBLIC).trim_end_matches('/').to_owned();
+        Self { endpoint, token, agent: agent(10), direct: agent(0), stop }
     }
 
-    /// The snapshot folder of a repository, with every file that rendering needs.
-    pub(crate) fn folder(&self, id: &HubId) -> Result<PathBuf> {
-        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
-        let cached = self.cached(&repo);
-        let lacking = match &cached {
-            Some(folder) => match lacking(folder) {
-                Ok(()) => return Ok(folder.clone()),
-                Err(lacking) => lacking,
-            },
-            None => "all of it".to_owned(),
-        };
-        let HubId { name, revision } = id;
-        if self.offline {
-            let cache = self.cache.path().display();
-            return Err(ResolveError::Missing(format!(
-                "`{name}` at `{revision}` is not whole in the hub's cache {cache} (missing: {lacking}) and this worker is offline: unset worker.offline (HF_HUB_OFFLINE) once, or copy the files there"
-            )));
-        }
-        tracing::info!(checkpoint = name, revision, missing = lacking, "downloading from the hub");
-        self.download(id, &self.cache.repo(repo))
+    pub(super) fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
-    /// The folder of the commit that a revision stood for when it was last seen.
-    fn cached(&self, repo: &Repo) -> Option<PathBuf> {
-        let root = self.cache.path().join(repo.folder_name());
-        let commit = std::fs::read_to_string(root.join("refs").join(repo.revision()));
-        let commit = commit.map_or_else(|_| repo.revision().to_owned(), |text| text.trim().to_owned());
-        let folder = root.join("snapshots").join(commit);
-        folder.is_dir().then_some(folder)
-    }
-
-    fn download(&self, id: &HubId, repo: &CacheRepo) -> Result<PathBuf> {
-        let info = self.info(id)?;
-        let folder = repo.pointer_path(&info.sha);
-        let files: Vec<_> = info.siblings.into_iter().map(|file| file.rfilename).filter(|file| is_file(file)).collect();
-        let incomplete = |problem| ResolveError::Missing(format!("`{}` on {} lacks {problem}", id.name, self.endpoint));
-        if !files.iter().any(|file| file == INDEX) {
-            return Err(incomplete(format!("{INDEX}: it is no checkpoint in diffusers layout")));
-        }
-        self.fetch(id, &info.sha, INDEX, repo)?;
-        let index = read_index(&folder).map_err(incomplete)?;
-        for file in needed(&index, &files).map_err(incomplete)? {
-            self.fetch(id, &info.sha, &file, repo)?;
-        }
-        // Last: a revision that is in the cache is there whole.
-        repo.create_ref(&info.sha).map_err(disk)?;
-        Ok(folder)
-    }
-
-    fn info(&self, id: &HubId) -> Result<RepoInfo> {
+    /// A revision's commit and its files.
+    pub(super) fn info(&self, id: &HubId) -> Result<RepoInfo> {
         let url = format!("{}/api/models/{}/revision/{}", self.endpoint, id.name, id.revision.replace('/', "%2F"));
         self.persist(&url, |tries| {
             let mut response = self.get(&self.agent, &url, None)?;
@@ -149,29 +88,15 @@ impl Hub {
         })
     }
 
-    /// Brings one file into the snapshot folder of a commit.
-    fn fetch(&self, id: &HubId, commit: &str, file: &str, repo: &CacheRepo) -> Result<()> {
-        let pointer = repo.pointer_path(commit).join(file);
-        if pointer.exists() {
-            return Ok(());
-        }
+    /// The address of a commit's file, and what is there.
+    pub(super) fn content(&self, id: &HubId, commit: &str, file: &str) -> Result<(String, Content)> {
         let url = format!("{}/{}/resolve/{commit}/{file}", self.endpoint, id.name);
-        let content = self.persist(&url, |tries| self.content(&url, tries))?;
-        let blob = repo.blob_path(&content.etag);
-        std::fs::create_dir_all(blob.parent().expect("a blob lies in a folder")).map_err(disk)?;
-        let lock = File::create(blob.with_extension("lock")).map_err(disk)?;
-        lock.lock().map_err(disk)?;
-        if !blob.exists() {
-            self.transfer(&url, &content, &blob.with_extension("part"))?;
-            std::fs::rename(blob.with_extension("part"), &blob).map_err(disk)?;
-        }
-        drop(lock);
-        std::fs::create_dir_all(pointer.parent().expect("a file lies in a folder")).map_err(disk)?;
-        link(&blob, &pointer, file.split('/').count()).map_err(disk)
+        let content = self.persist(&url, |tries| self.ask_for_content(&url, tries))?;
+        Ok((url, content))
     }
 
     /// What a file's headers say. A redirect elsewhere carries them too; one within the hub is followed.
-    fn content(&self, url: &str, tries: &Tries) -> Result<Content, Trouble> {
+    fn ask_for_content(&self, url: &str, tries: &Tries) -> Result<Content, Trouble> {
         let mut at = url.to_owned();
         for _ in 0..10 {
             let request = self.authorised(self.direct.head(&at)).header("Accept-Encoding", "identity");
@@ -191,7 +116,7 @@ impl Hub {
     }
 
     /// Downloads into `part`, from where it ends.
-    fn transfer(&self, url: &str, content: &Content, part: &Path) -> Result<()> {
+    pub(super) fn transfer(&self, url: &str, content: &Content, part: &Path) -> Result<()> {
         let mut file = OpenOptions::new().create(true).append(true).open(part).map_err(disk)?;
         self.persist(url, |tries| {
             let have = file.metadata().map_err(Trouble::disk)?.len();
@@ -308,7 +233,7 @@ impl Tries {
     }
 }
 
-fn disk(error: std::io::Error) -> ResolveError {
+pub(super) fn disk(error: std::io::Error) -> ResolveError {
     ResolveError::Unavailable(format!("the hub's cache cannot be written: {error}"))
 }
 
@@ -321,16 +246,6 @@ fn content_of(headers: &HeaderMap) -> Option<Content> {
     let etag = etag.trim_start_matches("W/").trim_matches('"').to_owned();
     let size = text(headers, "x-linked-size").or_else(|| text(headers, "content-length"))?.parse().ok()?;
     is_name(&etag).then_some(Content { etag, size })
-}
-
-/// A name from the network that becomes a file's.
-fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.len() <= 200 && !name.starts_with('.') && name.chars().all(is_plain)
-}
-
-/// A repository's file that may be stored under its own name.
-fn is_file(path: &str) -> bool {
-    path.split('/').count() <= 2 && path.split('/').all(is_name)
 }
 
 /// Large files are named by their SHA-256; the names of small ones are not checked.
@@ -350,41 +265,4 @@ fn verify(part: &Path, etag: &str) -> Result<(), Trouble> {
     let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let matches = found.eq_ignore_ascii_case(etag);
     if matches { Ok(()) } else { Err(Trouble::Passing(format!("the file's SHA-256 is {found}, not {etag}"))) }
-}
-
-fn read_index(folder: &Path) -> Result<serde_json::Value, String> {
-    let bytes = std::fs::read(folder.join(INDEX)).map_err(|_| INDEX.to_owned())?;
-    serde_json::from_slice(&bytes).map_err(|error| format!("a readable {INDEX} ({error})"))
-}
-
-/// What a snapshot folder lacks for rendering.
-fn lacking(folder: &Path) -> Result<(), String> {
-    let index = read_index(folder)?;
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
-        let part = entry.file_name();
-        for file in std::fs::read_dir(entry.path()).into_iter().flatten().flatten() {
-            // A link whose blob is gone is not there.
-            if file.path().exists() {
-                files.push(format!("{}/{}", part.to_string_lossy(), file.file_name().to_string_lossy()));
-            }
-        }
-    }
-    needed(&index, &files).map(drop)
-}
-
-/// Links a file of a snapshot to its blob, relative as Python does it: the cache can be moved.
-fn link(blob: &Path, pointer: &Path, depth: usize) -> std::io::Result<()> {
-    let _broken_link = std::fs::remove_file(pointer);
-    let name = blob.file_name().expect("a blob has a name");
-    #[cfg(unix)]
-    {
-        let target: PathBuf = std::iter::repeat_n("..", depth + 1).collect::<PathBuf>().join("blobs").join(name);
-        std::os::unix::fs::symlink(target, pointer)
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = (name, depth);
-        std::fs::copy(blob, pointer).map(drop)
-    }
 }
