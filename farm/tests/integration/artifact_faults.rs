@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use farm::artifact::s3::S3Artifacts;
 use farm::artifact::{ArtifactError, ArtifactStore, open};
-use farm::config::{ArtifactsConfig, Secret};
+use farm::config::{ArtifactsConfig, Environment, Secret};
 use farm::id::SubmissionId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -21,9 +21,9 @@ const SMALL_DISK: &str = "KILN_TEST_SMALL_DISK";
 /// kernel lets it, as root of a user namespace: so this test starts itself there.
 #[test]
 fn a_full_disk_is_full_and_keeps_no_part_of_an_object() {
-    if let Ok(folder) = std::env::var(SMALL_DISK) {
+    if let Some(folder) = Environment::of_this_process().get(SMALL_DISK) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        return runtime.block_on(fill(Path::new(&folder)));
+        return runtime.block_on(fill(Path::new(folder)));
     }
     let namespace = ["--mount", "--map-root-user"];
     if !Command::new("unshare").args(namespace).arg("true").status().is_ok_and(|status| status.success()) {

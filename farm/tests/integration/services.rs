@@ -1,12 +1,15 @@
 //! Real servers, by the variables that `infra/services.sh env` prints.
 
+use farm::config::Environment;
+
 /// What a server's variable says. Without it the test fails and says what to do, or, with
 /// `KILN_TEST_SKIP_SERVICES=1`, skips and says so.
 pub fn variable(name: &str) -> Option<String> {
-    if let Ok(value) = std::env::var(name) {
-        return Some(value);
+    let environment = Environment::of_this_process();
+    if let Some(value) = environment.get(name) {
+        return Some(value.to_owned());
     }
-    if std::env::var("KILN_TEST_SKIP_SERVICES").is_ok_and(|skip| skip == "1") {
+    if environment.is_on("KILN_TEST_SKIP_SERVICES") {
         eprintln!("skipped: {name} is not set");
         return None;
     }

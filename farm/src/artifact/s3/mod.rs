@@ -1,8 +1,8 @@
 //! Artifacts in a bucket of any S3-compatible server.
 //!
-//! Only what all of them do alike is used: no conditional writes, tags or versions. Objects travel whole from memory, since
-//! some servers refuse a streamed signature over plain HTTP. Keys come from the configuration or the environment; there are no
-//! instance roles.
+//! Only what all of them do alike is used: no conditional writes, tags or versions. Objects travel whole from memory,
+//! since some servers refuse a streamed signature over plain HTTP. Keys come from the configuration or the
+//! environment; there are no instance roles.
 
 mod error;
 mod settings;

@@ -11,7 +11,7 @@ use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 
 use super::super::path::check_prefix;
 use super::super::{ArtifactError, Result};
-use crate::config::ArtifactsConfig;
+use crate::config::{ArtifactsConfig, Environment};
 
 /// How long a connection, the next byte, one attempt, and a call with all its attempts may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -66,7 +66,7 @@ pub(super) fn client(config: &ArtifactsConfig, endpoint: Option<&str>) -> Result
         .behavior_version(BehaviorVersion::latest())
         .http_client(http)
         .region(Region::new(config.region.clone()))
-        .credentials_provider(credentials(config, |name| std::env::var(name).ok())?)
+        .credentials_provider(credentials(config, &Environment::of_this_process())?)
         .timeout_config(timeouts)
         .retry_config(retries);
     if let Some(endpoint) = endpoint {
@@ -82,7 +82,8 @@ pub(super) fn client(config: &ArtifactsConfig, endpoint: Option<&str>) -> Result
 }
 
 /// The configured key, else the one in the variables that every S3 tool reads.
-fn credentials(config: &ArtifactsConfig, variable: impl Fn(&str) -> Option<String>) -> Result<Credentials> {
+fn credentials(config: &ArtifactsConfig, environment: &Environment) -> Result<Credentials> {
+    let variable = |name| environment.get(name).map(str::to_owned);
     let fail = |message: &str| Err(ArtifactError::Internal(message.into()));
     let (id, secret, token) = match (&config.access_key_id, &config.secret_access_key) {
         (Some(id), Some(secret)) => (id.clone(), secret.0.clone(), None),
@@ -126,21 +127,25 @@ mod tests {
 
     #[test]
     fn the_configured_key_goes_before_the_environment() {
-        let environment = |name: &str| Some(format!("{name} from the environment"));
+        let environment = Environment::from([
+            ("AWS_ACCESS_KEY_ID", "from the environment"),
+            ("AWS_SECRET_ACCESS_KEY", "its secret"),
+            ("AWS_SESSION_TOKEN", "its token"),
+        ]);
         let mut config = ArtifactsConfig::default();
-        let found = credentials(&config, environment).unwrap();
-        assert_eq!(found.access_key_id(), "AWS_ACCESS_KEY_ID from the environment");
-        assert_eq!(found.session_token(), Some("AWS_SESSION_TOKEN from the environment"));
+        let found = credentials(&config, &environment).unwrap();
+        assert_eq!(found.access_key_id(), "from the environment");
+        assert_eq!(found.session_token(), Some("its token"));
         config.access_key_id = Some("configured".into());
-        assert!(credentials(&config, environment).unwrap_err().to_string().contains("one is missing"));
+        assert!(credentials(&config, &environment).unwrap_err().to_string().contains("one is missing"));
         config.secret_access_key = Some(Secret("secret".into()));
-        let found = credentials(&config, environment).unwrap();
+        let found = credentials(&config, &environment).unwrap();
         assert_eq!((found.access_key_id(), found.session_token()), ("configured", None));
     }
 
     #[test]
     fn without_any_key_the_error_says_where_to_put_one() {
-        let error = credentials(&ArtifactsConfig::default(), |_| None).unwrap_err().to_string();
+        let error = credentials(&ArtifactsConfig::default(), &Environment::default()).unwrap_err().to_string();
         assert!(error.contains("access_key_id") && error.contains("AWS_ACCESS_KEY_ID"), "{error}");
     }
 }

@@ -3,9 +3,9 @@
 //! Reading order: [`topology`] (names and declarations), [`wire`] (messages), [`link`] (connections), [`publisher`],
 //! [`consumer`], [`progress`].
 //!
-//! Two connections, since a broker short of memory stops reading from those that publish: one publishes,
-//! the other consumes and asks. Both are made when first needed and made anew after they broke; calls meanwhile fail at once
-//! or within seconds. Messages are hints: whatever the broker loses or gives twice, the store decides, and the
+//! Two connections, since a broker short of memory stops reading from those that publish: one publishes, the other
+//! consumes and asks. Both are made when first needed and made anew after they broke; calls meanwhile fail at once or
+//! within seconds. Messages are hints: whatever the broker loses or gives twice, the store decides, and the
 //! reconciler sends again what is missing.
 
 mod consumer;

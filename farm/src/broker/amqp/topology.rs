@@ -1,5 +1,5 @@
-//! Exchanges, queues and bindings: their names, and the only place that declares them. Kept to what RabbitMQ 3.10 to 4.x
-//! agree on.
+//! Exchanges, queues and bindings: their names, and the only place that declares them. Kept to what RabbitMQ 3.10 to
+//! 4.x agree on.
 //!
 //! | name | what |
 //! |---|---|
@@ -24,9 +24,9 @@ use crate::id::JobId;
 use crate::message::QueueKey;
 
 /// Deliveries after which the broker dead-letters a message. Not a count of attempts (those are the store's): every
-/// message that a consumer held, if only prefetched, counts one delivery more when its connection
-/// breaks. Given because RabbitMQ 4 would otherwise take 20, and finite because 3.10 knows no other way. A job whose message
-/// ends there is not lost: its row stays queued, and the reconciler sends it again.
+/// message that a consumer held, if only prefetched, counts one delivery more when its connection breaks. Given
+/// because RabbitMQ 4 would otherwise take 20, and finite because 3.10 knows no other way. A job whose message ends
+/// there is not lost: its row stays queued, and the reconciler sends it again.
 const DELIVERY_LIMIT: i32 = 100_000;
 
 /// Dead messages kept for a look; the oldest go first.
