@@ -66,7 +66,7 @@ async fn a_job_that_comes_later_joins_the_batch_that_is_running() {
 async fn pictures_of_different_sizes_do_not_share_a_pass() {
     let farm = TestFarm::new().await;
     let stage: std::sync::Arc<Stage> = std::sync::Arc::default();
-    let jobs = farm.submit(["1", "2"].map(|prompt| TestFarm::spec(prompt))).await;
+    let jobs = farm.submit(["1", "2"].map(TestFarm::spec)).await;
     let large = farm.submit([RenderSpec { width: 32, ..TestFarm::spec("large") }]).await;
     let running = farm.start(&stage);
     farm.wait_for_state(&[jobs[0], jobs[1], large[0]], JobState::Done).await;
