@@ -11,6 +11,9 @@ use crate::spec::{Sampler, Schedule, ValidationError};
 /// The name of the checkpoint that the binary carries.
 pub const DEMO: &str = "demo";
 
+/// The coarsest latents there are, with room to spare.
+const MAX_VAE_FACTOR: u32 = 128;
+
 /// Facts about one checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelFacts {
@@ -93,6 +96,31 @@ impl ModelFacts {
         facts.schedule = config.schedule;
         facts
     }
+
+    fn check(&self, name: &str) -> Result<(), ValidationError> {
+        let must = |key: &str, limit: String, value: String, holds: bool| match holds {
+            true => Ok(()),
+            false => Err(ValidationError { field: format!("models.{name}.{key}"), limit, value }),
+        };
+        let factor = self.vae_factor;
+        must(
+            "vae_factor",
+            format!("1 to {MAX_VAE_FACTOR}"),
+            factor.to_string(),
+            (1..=MAX_VAE_FACTOR).contains(&factor),
+        )?;
+        for (key, side) in [("width", self.width), ("height", self.height)] {
+            must(
+                key,
+                format!("a multiple of {factor}, at least {factor}"),
+                side.to_string(),
+                side > 0 && side % factor == 0,
+            )?;
+        }
+        must("steps", "at least 1".into(), self.steps.to_string(), self.steps >= 1)?;
+        let scale = self.guidance_scale;
+        must("guidance_scale", "0 or more".into(), scale.to_string(), scale.is_finite() && scale >= 0.0)
+    }
 }
 
 /// Native side and VAE factor: `sample_size` of the UNet, and a halving for every VAE block but one.
@@ -114,8 +142,12 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// A catalog of `models`, one of which is the default.
+    /// A catalog of `models`, one of which is the default. Facts that no picture could have are refused,
+    /// naming the key of the configuration.
     pub fn new(models: BTreeMap<String, ModelFacts>, default: impl Into<String>) -> Result<Self, ValidationError> {
+        for (name, facts) in &models {
+            facts.check(name)?;
+        }
         let catalog = Self { models, default: default.into() };
         catalog.find(None)?;
         Ok(catalog)
@@ -139,5 +171,79 @@ impl Catalog {
     /// The name used where a job names none.
     pub fn default_model(&self) -> &str {
         &self.default
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn catalog(facts: ModelFacts) -> Result<Catalog, ValidationError> {
+        Catalog::new(BTreeMap::from([("b".to_owned(), ModelFacts::sd15("hub/b")), ("a".to_owned(), facts)]), "a")
+    }
+
+    #[test]
+    fn without_a_name_the_default_is_found() {
+        let catalog = catalog(ModelFacts::sd15("hub/a")).unwrap();
+        assert_eq!(catalog.default_model(), "a");
+        assert_eq!(catalog.find(None).unwrap().0, "a");
+        assert_eq!(catalog.find(Some("b")).unwrap().1.source, "hub/b");
+        assert_eq!(catalog.models().map(|(name, _)| name).collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_known() {
+        let catalog = catalog(ModelFacts::sd15("hub/a")).unwrap();
+        let error = catalog.find(Some("c")).unwrap_err();
+        assert_eq!(error.to_string(), "`model` must be one of a, b, but is `c`");
+        let long = catalog.find(Some(&"x".repeat(1000))).unwrap_err();
+        assert_eq!(long.value.len(), 122, "a long name is cut");
+    }
+
+    #[test]
+    fn the_default_must_be_one_of_the_checkpoints() {
+        let models = BTreeMap::from([("a".to_owned(), ModelFacts::sd15("hub/a"))]);
+        assert_eq!(Catalog::new(models, "z").unwrap_err().field, "model");
+    }
+
+    #[test]
+    fn facts_that_no_picture_could_have_are_refused() {
+        let good = ModelFacts::sd15("hub/a");
+        let bad = [
+            (ModelFacts { vae_factor: 0, ..good.clone() }, "models.a.vae_factor", "0"),
+            (ModelFacts { width: 500, ..good.clone() }, "models.a.width", "500"),
+            (ModelFacts { height: 0, ..good.clone() }, "models.a.height", "0"),
+            (ModelFacts { steps: 0, ..good.clone() }, "models.a.steps", "0"),
+            (ModelFacts { guidance_scale: f64::NAN, ..good.clone() }, "models.a.guidance_scale", "NaN"),
+        ];
+        for (facts, field, value) in bad {
+            let error = catalog(facts).unwrap_err();
+            assert_eq!((error.field.as_str(), error.value.as_str()), (field, value));
+        }
+    }
+
+    #[test]
+    fn facts_come_from_the_configuration_then_from_the_files_then_from_sd15() {
+        let folder = tempfile::tempdir().unwrap();
+        for (part, json) in [("unet", r#"{"sample_size": 16}"#), ("vae", r#"{"block_out_channels": [8, 16, 16, 16]}"#)]
+        {
+            std::fs::create_dir(folder.path().join(part)).unwrap();
+            std::fs::write(folder.path().join(part).join("config.json"), json).unwrap();
+        }
+        let config = ModelConfig { source: "here".into(), height: Some(64), steps: Some(4), ..Default::default() };
+        let facts = ModelFacts::read(&config, Some(folder.path()));
+        assert_eq!((facts.width, facts.height, facts.vae_factor), (128, 64, 8));
+        assert_eq!((facts.steps, facts.guidance_scale), (4, 7.5));
+        let without_files = ModelFacts::read(&config, None);
+        assert_eq!((without_files.width, without_files.height), (512, 64));
+    }
+
+    #[test]
+    fn files_that_make_no_sense_are_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("vae")).unwrap();
+        std::fs::write(folder.path().join("vae/config.json"), r#"{"block_out_channels": []}"#).unwrap();
+        let facts = ModelFacts::read(&ModelConfig::default(), Some(folder.path()));
+        assert_eq!((facts.width, facts.vae_factor), (512, 8));
     }
 }

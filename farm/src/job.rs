@@ -133,7 +133,8 @@ pub struct Lease {
     pub job_id: JobId,
     /// The submission it belongs to.
     pub submission_id: SubmissionId,
-    /// Which attempt this is, from 1.
+    /// Which attempt this is, from 1. No number is given twice, not even after a release or a retry: object
+    /// keys carry it.
     pub attempt: u32,
     /// The fencing token.
     pub token: LeaseToken,
@@ -226,7 +227,7 @@ pub struct JobView {
     pub state: JobState,
     /// What it renders.
     pub spec: RenderSpec,
-    /// Attempts begun so far.
+    /// Attempts spent so far. A release and a client's retry give them back.
     pub attempts: u32,
     /// The worker that holds or held it last.
     pub worker: Option<WorkerId>,
@@ -297,4 +298,55 @@ pub struct SubmissionView {
     pub rate: Option<f64>,
     /// Seconds until the rest is done at that rate.
     pub eta_seconds: Option<f64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_is_read_back_and_is_the_one_in_json() {
+        for state in JobState::ALL {
+            assert_eq!(JobState::parse(state.as_str()), Some(state));
+            assert_eq!(serde_json::to_value(state).unwrap(), state.as_str());
+        }
+        for lane in Lane::ALL {
+            assert_eq!(Lane::parse(lane.as_str()), Some(lane));
+            assert_eq!(serde_json::to_value(lane).unwrap(), lane.as_str());
+        }
+        for kind in FailureKind::ALL {
+            assert_eq!(FailureKind::parse(kind.as_str()), Some(kind));
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.as_str());
+        }
+        assert_eq!((JobState::parse("Done"), Lane::parse(""), FailureKind::parse("oom")), (None, None, None));
+    }
+
+    #[test]
+    fn states_are_listed_in_the_order_of_their_numbers() {
+        assert!(JobState::ALL.into_iter().enumerate().all(|(place, state)| state as usize == place));
+    }
+
+    #[test]
+    fn a_final_state_is_one_that_only_a_client_leaves() {
+        let last: Vec<JobState> = JobState::ALL.into_iter().filter(|state| state.is_final()).collect();
+        assert_eq!(last, [JobState::Done, JobState::Failed, JobState::Cancelled]);
+    }
+
+    #[test]
+    fn only_an_invalid_job_gets_no_second_attempt() {
+        let hopeless: Vec<FailureKind> = FailureKind::ALL.into_iter().filter(|kind| !kind.is_retryable()).collect();
+        assert_eq!(hopeless, [FailureKind::Invalid]);
+    }
+
+    #[test]
+    fn the_interactive_lane_goes_first() {
+        assert!(Lane::Interactive < Lane::Bulk);
+        assert_eq!(Lane::default(), Lane::Bulk);
+    }
+
+    #[test]
+    fn counters_add_up() {
+        let counters = Counters { pending: 1, queued: 2, leased: 4, done: 8, failed: 16, cancelled: 32 };
+        assert_eq!((counters.total(), counters.finished()), (63, 56));
+    }
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::columns::Moment;
 use super::counters::{self, Moves};
-use super::driver::{Statement, Transaction, arguments, json_list, statement};
+use super::driver::{Statement, Transaction, arguments, given_leases, json_list, statement};
 use super::lifecycle::{EndedAttempt, Ending, LeasedJob, end_attempt};
 use super::sql::SqlStore;
 use super::{Result, cancel};
@@ -29,18 +29,17 @@ pub(super) fn given<'a>(leases: impl IntoIterator<Item = &'a Lease>) -> String {
     json_list(&given)
 }
 
-// In id order, as everywhere: two transactions then never wait for each other.
+// In id order, as everywhere: two transactions then never wait for each other. The cross join makes
+// SQLite look each given job up instead of reading all that are leased.
 const LOCK_LEASES: Statement = statement!(
     "-- lock_leases(leases, now)
     SELECT jobs.job_id, jobs.submission_id, jobs.attempts, jobs.max_attempts, jobs.last_attempt,
            jobs.cancel_requested, jobs.worker, jobs.failed_workers
     FROM ",
-    {
-        "jsonb_to_recordset($1::jsonb) AS given(job_id uuid, token uuid)"
-            | "(SELECT value ->> 'job_id' AS job_id, value ->> 'token' AS token FROM json_each($1)) AS given"
-    },
-    " JOIN jobs ON jobs.job_id = given.job_id
-    WHERE jobs.state = 'leased' AND jobs.token = given.token AND jobs.expires_at > $2
+    given_leases,
+    " CROSS JOIN jobs
+    WHERE jobs.job_id = given.job_id
+      AND jobs.state = 'leased' AND jobs.token = given.token AND jobs.expires_at > $2
     ORDER BY jobs.job_id",
     { " FOR UPDATE OF jobs" | "" }
 );
@@ -102,8 +101,8 @@ const DONE_ALREADY: Statement = statement!(
         "jsonb_to_recordset($1::jsonb) AS result(job_id uuid, image_key text)"
             | "(SELECT value ->> 'job_id' AS job_id, value ->> 'image_key' AS image_key FROM json_each($1)) AS result"
     },
-    " JOIN jobs ON jobs.job_id = result.job_id
-    WHERE jobs.state = 'done' AND jobs.image_key = result.image_key"
+    " CROSS JOIN jobs
+    WHERE jobs.job_id = result.job_id AND jobs.state = 'done' AND jobs.image_key = result.image_key"
 );
 
 pub(super) async fn finish(store: &SqlStore, finished: &[Finished]) -> Result<Vec<JobId>> {
@@ -191,12 +190,12 @@ pub(super) async fn end_attempts(transaction: &mut Transaction, endings: &[Ended
     }
     transaction.execute(&END_ATTEMPTS, arguments![json_list(endings), now]).await?;
     transaction.execute(&INSERT_LEFTOVERS, arguments![json_list(&leftovers), now]).await?;
-    let failing = moves.failing();
-    moves.count(transaction, now).await?;
-    for submission in failing {
-        apply_failure_limit(transaction, submission, now).await?;
+    for (submission, failed) in moves.failing() {
+        if reaches_failure_limit(transaction, submission, failed).await? {
+            cancel::cancel_rest(transaction, submission, now, &mut moves).await?;
+        }
     }
-    Ok(())
+    moves.count(transaction, now).await
 }
 
 // Of two transactions that fail a job each, the second has to see the first one's count.
@@ -206,13 +205,12 @@ const LOCK_FAILURE_LIMIT: Statement = statement!(
     { " FOR NO KEY UPDATE" | "" }
 );
 
-async fn apply_failure_limit(transaction: &mut Transaction, submission: SubmissionId, now: Moment) -> Result<()> {
+/// Whether a submission has failed as many jobs as it may, `failed` of them in this transaction.
+async fn reaches_failure_limit(transaction: &mut Transaction, submission: SubmissionId, failed: u64) -> Result<bool> {
     let limit: Option<(i64,)> = transaction.fetch_optional(&LOCK_FAILURE_LIMIT, arguments![submission]).await?;
-    let Some((limit,)) = limit else { return Ok(()) };
-    if counters::read_within(transaction, submission).await?.failed >= limit as u64 {
-        cancel::cancel_rest(transaction, submission, now).await?;
-    }
-    Ok(())
+    let Some((limit,)) = limit else { return Ok(false) };
+    let before = counters::read_within(transaction, submission).await?.failed;
+    Ok(before + failed >= limit as u64)
 }
 
 pub(super) async fn fail(

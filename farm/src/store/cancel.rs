@@ -77,15 +77,19 @@ const REQUEST_CANCELLATIONS: Statement = statement!(
 .bulk();
 
 /// Cancels all that is not final: what waits at once, what is leased at its next step boundary.
-pub(super) async fn cancel_rest(transaction: &mut Transaction, submission: SubmissionId, now: Moment) -> Result<()> {
+pub(super) async fn cancel_rest(
+    transaction: &mut Transaction,
+    submission: SubmissionId,
+    now: Moment,
+    moves: &mut Moves,
+) -> Result<()> {
     let _locked: Option<(i64,)> = transaction.fetch_optional(&LOCK_REST, arguments![submission]).await?;
-    let mut moves = Moves::default();
     for state in [JobState::Pending, JobState::Queued] {
         let jobs = transaction.execute(&CANCEL_JOBS, arguments![submission, state, now]).await?;
         moves.shift(submission, state, JobState::Cancelled, jobs as i64);
     }
     transaction.execute(&REQUEST_CANCELLATIONS, arguments![submission]).await?;
-    moves.count(transaction, now).await
+    Ok(())
 }
 
 const LOCK_SUBMISSION: Statement = statement!(
@@ -100,14 +104,16 @@ pub(super) async fn cancel_submission(store: &SqlStore, submission: SubmissionId
     if locked.is_none() {
         return Ok(None);
     }
-    cancel_rest(&mut transaction, submission, now).await?;
+    let mut moves = Moves::default();
+    cancel_rest(&mut transaction, submission, now, &mut moves).await?;
+    moves.count(&mut transaction, now).await?;
     let counters = counters::read_within(&mut transaction, submission).await?;
     transaction.commit().await?;
     Ok(Some(counters))
 }
 
 macro_rules! anew {
-    () => {
+    ($dialect:ident) => {
         "UPDATE jobs
     SET state = 'pending', attempts = 0, failed_workers = '[]', error_kind = NULL, error_message = NULL,
         not_before = $2, queued_at = NULL, started_at = NULL, finished_at = NULL, worker = NULL"

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::columns::Moment;
 use super::counters::Moves;
-use super::driver::{Statement, Transaction, arguments, json_list, statement};
+use super::driver::{Statement, Transaction, arguments, given_ids, given_leases, json_list, statement};
 use super::sql::SqlStore;
 use super::{Claim, Result, dispatch, workers};
 use crate::id::{JobId, LeaseToken, SubmissionId, WorkerId};
@@ -34,8 +34,8 @@ const LOCK_CLAIMABLE_JOBS: Statement = statement!(
     "-- lock_claimable_jobs(job_ids, now)
     SELECT job_id, submission_id, state, last_attempt, failed_workers, spec FROM jobs
     WHERE job_id IN ",
-    { "(SELECT value::uuid FROM jsonb_array_elements_text($1::jsonb))" | "(SELECT value FROM json_each($1))" },
-    " AND (state = 'queued' OR (state = 'pending' AND not_before <= $2))
+    given_ids,
+    " AND CASE state WHEN 'queued' THEN true WHEN 'pending' THEN not_before <= $2 ELSE false END
     ORDER BY job_id",
     { " FOR UPDATE" | "" }
 );
@@ -46,10 +46,7 @@ const LEASE_JOBS: Statement = statement!(
     SET state = 'leased', worker = $2, token = given.token, expires_at = $4, started_at = $3,
         attempts = jobs.attempts + 1, last_attempt = jobs.last_attempt + 1
     FROM ",
-    {
-        "jsonb_to_recordset($1::jsonb) AS given(job_id uuid, token uuid)"
-            | "(SELECT value ->> 'job_id' AS job_id, value ->> 'token' AS token FROM json_each($1)) AS given"
-    },
+    given_leases,
     " WHERE jobs.job_id = given.job_id"
 );
 

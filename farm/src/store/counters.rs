@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::Result;
 use super::columns::Moment;
-use super::driver::{Driver, Statement, Transaction, arguments, json_list, statement};
+use super::driver::{Driver, Statement, Transaction, arguments, given_ids, json_list, statement};
 use crate::id::SubmissionId;
 use crate::job::{Counters, JobState};
 
@@ -38,10 +38,12 @@ impl Moves {
         self.add(submission, to, jobs);
     }
 
-    /// Submissions in which more jobs have failed.
-    pub(super) fn failing(&self) -> Vec<SubmissionId> {
-        let failed = |counts: &[i64; JobState::ALL.len()]| counts[JobState::Failed as usize] > 0;
-        self.0.iter().filter(|(scope, counts)| **scope != FARM && failed(counts)).map(|(scope, _)| *scope).collect()
+    /// Submissions in which more jobs have failed, and how many more.
+    pub(super) fn failing(&self) -> Vec<(SubmissionId, u64)> {
+        let failed =
+            |counts: &[i64; JobState::ALL.len()]| u64::try_from(counts[JobState::Failed as usize]).unwrap_or(0);
+        let submissions = self.0.iter().filter(|(scope, _)| **scope != FARM);
+        submissions.map(|(scope, counts)| (*scope, failed(counts))).filter(|(_, failed)| *failed > 0).collect()
     }
 
     /// Counts the moves. In order of scope, so that no two transactions wait for each other.
@@ -135,7 +137,7 @@ const COUNTER_SHARDS: Statement = statement!(
     "-- counter_shards(scopes)
     SELECT scope, pending, queued, leased, done, failed, cancelled, finished_at, minute, minute_done, before_done
     FROM counters WHERE scope IN ",
-    { "(SELECT value::uuid FROM jsonb_array_elements_text($1::jsonb))" | "(SELECT value FROM json_each($1))" }
+    given_ids
 );
 
 /// A scope's counts, summed over its shards.
@@ -179,7 +181,9 @@ impl Tally {
     pub(super) fn rate(&self, created_at: DateTime<Utc>) -> Option<f64> {
         let done = self.minute_done + self.before_done;
         let window_start = DateTime::from_timestamp((self.minute - 1) * 60, 0)?.max(created_at);
-        let seconds = (self.last_final? - window_start).as_seconds_f64();
+        // A job that failed long after says nothing about the rate.
+        let window_end = DateTime::from_timestamp((self.minute + 1) * 60, 0)?.min(self.last_final?);
+        let seconds = (window_end - window_start).as_seconds_f64();
         // Jobs that were done within a second tell no more than "so many a second".
         (done > 0).then(|| done as f64 / seconds.max(1.0))
     }
@@ -267,6 +271,6 @@ mod tests {
         moves.shift(submission, JobState::Leased, JobState::Failed, 2);
         moves.shift(SubmissionId::new(), JobState::Leased, JobState::Done, 1);
         assert_eq!(moves.0[&FARM], [0, 0, -3, 1, 2, 0]);
-        assert_eq!(moves.failing(), [submission]);
+        assert_eq!(moves.failing(), [(submission, 2)]);
     }
 }

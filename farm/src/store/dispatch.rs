@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 
 use super::columns::Moment;
 use super::counters::Moves;
-use super::driver::{Statement, Transaction, arguments, json_list, statement};
+use super::driver::{Statement, Transaction, arguments, given_ids, json_list, statement, waiting_jobs};
 use super::sql::SqlStore;
 use super::{DEMAND_BOUND, Demand, Result, StoreError};
 use crate::batch_key::BatchKey;
@@ -29,11 +29,11 @@ struct DueJob {
     spec: RenderSpec,
 }
 
-// `state IN (…)` after `state = …` says nothing new; it lets SQLite see that the partial index will do.
 const LOCK_DUE_JOBS: Statement = statement!(
     "-- lock_due_jobs(model, lane, now, limit)
-    SELECT job_id, submission_id, attempts, spec FROM jobs
-    WHERE model = $1 AND lane = $2 AND state = 'pending' AND state IN ('pending', 'queued') AND not_before <= $3
+    SELECT job_id, submission_id, attempts, spec FROM ",
+    waiting_jobs,
+    " AND model = $1 AND lane = $2 AND state = 'pending' AND not_before <= $3
     ORDER BY not_before, job_id LIMIT $4",
     { " FOR UPDATE SKIP LOCKED" | "" }
 );
@@ -41,7 +41,7 @@ const LOCK_DUE_JOBS: Statement = statement!(
 const MARK_QUEUED: Statement = statement!(
     "-- mark_queued(job_ids, now)
     UPDATE jobs SET state = 'queued', queued_at = $2 WHERE job_id IN ",
-    { "(SELECT value::uuid FROM jsonb_array_elements_text($1::jsonb))" | "(SELECT value FROM json_each($1))" }
+    given_ids
 );
 
 pub(super) async fn dispatch(store: &SqlStore, queue: &QueueKey, limit: u32, broker: &dyn Broker) -> Result<u64> {
@@ -108,15 +108,42 @@ struct DemandRow {
     oldest_queued: Option<Moment>,
 }
 
+macro_rules! in_this_queue {
+    ($dialect:ident) => {
+        " AND jobs.model = queues.model AND jobs.lane = queues.lane"
+    };
+}
+
+macro_rules! due {
+    ($dialect:ident) => {
+        " AND jobs.state = 'pending' AND jobs.not_before <= $1"
+    };
+}
+
+macro_rules! published {
+    ($dialect:ident) => {
+        " AND jobs.state = 'queued'"
+    };
+}
+
+macro_rules! first {
+    ($dialect:ident) => {
+        " ORDER BY jobs.not_before, jobs.job_id LIMIT 1"
+    };
+}
+
 // Hops from checkpoint to checkpoint in the index instead of reading all that waits; then counts each
 // queue up to a bound. The longest waiting is the first in the index.
 const DEMAND: Statement = statement!(
     "-- demand(now, bound)
     WITH RECURSIVE waiting(model) AS (
-        SELECT min(model) FROM jobs WHERE state IN ('pending', 'queued')
+        SELECT min(jobs.model) FROM ",
+    waiting_jobs,
+    "
         UNION ALL
-        SELECT (SELECT min(jobs.model) FROM jobs
-                WHERE jobs.model > waiting.model AND jobs.state IN ('pending', 'queued'))
+        SELECT (SELECT min(jobs.model) FROM ",
+    waiting_jobs,
+    " AND jobs.model > waiting.model)
         FROM waiting WHERE waiting.model IS NOT NULL
     ), queues AS (
         SELECT waiting.model, lanes.lane
@@ -124,24 +151,29 @@ const DEMAND: Statement = statement!(
         WHERE waiting.model IS NOT NULL
     )
     SELECT queues.model, queues.lane,
-           (SELECT count(*) FROM (
-                SELECT 1 FROM jobs
-                WHERE jobs.model = queues.model AND jobs.lane = queues.lane AND jobs.state = 'pending'
-                  AND jobs.state IN ('pending', 'queued') AND jobs.not_before <= $1
-                LIMIT $2) AS due) AS pending,
-           (SELECT count(*) FROM (
-                SELECT 1 FROM jobs
-                WHERE jobs.model = queues.model AND jobs.lane = queues.lane AND jobs.state = 'queued'
-                  AND jobs.state IN ('pending', 'queued')
-                LIMIT $2) AS published) AS queued,
-           (SELECT jobs.created_at FROM jobs
-            WHERE jobs.model = queues.model AND jobs.lane = queues.lane AND jobs.state = 'pending'
-              AND jobs.state IN ('pending', 'queued') AND jobs.not_before <= $1
-            ORDER BY jobs.not_before, jobs.job_id LIMIT 1) AS oldest_pending,
-           (SELECT jobs.created_at FROM jobs
-            WHERE jobs.model = queues.model AND jobs.lane = queues.lane AND jobs.state = 'queued'
-              AND jobs.state IN ('pending', 'queued')
-            ORDER BY jobs.not_before, jobs.job_id LIMIT 1) AS oldest_queued
+           (SELECT count(*) FROM (SELECT 1 FROM ",
+    waiting_jobs,
+    in_this_queue,
+    due,
+    " LIMIT $2) AS bounded) AS pending,
+           (SELECT count(*) FROM (SELECT 1 FROM ",
+    waiting_jobs,
+    in_this_queue,
+    published,
+    " LIMIT $2) AS bounded)
+               AS queued,
+           (SELECT jobs.created_at FROM ",
+    waiting_jobs,
+    in_this_queue,
+    due,
+    first,
+    ") AS oldest_pending,
+           (SELECT jobs.created_at FROM ",
+    waiting_jobs,
+    in_this_queue,
+    published,
+    first,
+    ") AS oldest_queued
     FROM queues"
 );
 
@@ -170,8 +202,9 @@ fn collect_demand(rows: Vec<DemandRow>) -> Vec<Demand> {
 // Whoever is claiming some of these right now has proved that the broker did not lose them.
 const LOCK_QUEUED_JOBS: Statement = statement!(
     "-- lock_queued_jobs(model, lane, queued_before)
-    SELECT job_id, submission_id FROM jobs
-    WHERE model = $1 AND lane = $2 AND state = 'queued' AND state IN ('pending', 'queued') AND queued_at < $3
+    SELECT job_id, submission_id FROM ",
+    waiting_jobs,
+    " AND model = $1 AND lane = $2 AND state = 'queued' AND queued_at < $3
     ORDER BY job_id",
     { " FOR UPDATE SKIP LOCKED" | "" }
 );
@@ -179,7 +212,7 @@ const LOCK_QUEUED_JOBS: Statement = statement!(
 const MARK_PENDING: Statement = statement!(
     "-- mark_pending(job_ids, not_before)
     UPDATE jobs SET state = 'pending', not_before = $2 WHERE job_id IN ",
-    { "(SELECT value::uuid FROM jsonb_array_elements_text($1::jsonb))" | "(SELECT value FROM json_each($1))" }
+    given_ids
 );
 
 /// Puts waiting jobs, locked by the caller, back to pending until `not_before`.
@@ -207,8 +240,9 @@ pub(super) async fn requeue(store: &SqlStore, queue: &QueueKey, queued_before: D
 
 const QUEUED_SINCE: Statement = statement!(
     "-- queued_since(model, lane, queued_before)
-    SELECT count(*) FROM jobs
-    WHERE model = $1 AND lane = $2 AND state = 'queued' AND state IN ('pending', 'queued') AND queued_at < $3"
+    SELECT count(*) FROM ",
+    waiting_jobs,
+    " AND model = $1 AND lane = $2 AND state = 'queued' AND queued_at < $3"
 );
 
 pub(super) async fn queued_since(store: &SqlStore, queue: &QueueKey, queued_before: DateTime<Utc>) -> Result<u64> {

@@ -40,7 +40,7 @@ impl Statement {
 }
 
 /// A [`Statement`] of pieces: text that both dialects share, `{"Postgres's" | "SQLite's"}` where they
-/// differ, and names of macros that stand for shared text.
+/// differ, and names of fragments: macros that give the text for a dialect.
 macro_rules! statement {
     ($($piece:tt),+ $(,)?) => {
         $crate::store::driver::Statement::new(
@@ -60,12 +60,43 @@ macro_rules! piece {
     ($dialect:ident $shared:literal) => {
         $shared
     };
-    ($dialect:ident $shared:ident) => {
-        $shared!()
+    ($dialect:ident $fragment:ident) => {
+        $fragment!($dialect)
     };
 }
 
-pub(super) use {piece, statement};
+/// The ids in `$1`.
+macro_rules! given_ids {
+    (postgres) => {
+        "(SELECT value::uuid FROM jsonb_array_elements_text($1::jsonb))"
+    };
+    (sqlite) => {
+        "(SELECT value FROM json_each($1))"
+    };
+}
+
+/// The leases in `$1`, as rows of `given`.
+macro_rules! given_leases {
+    (postgres) => {
+        "jsonb_to_recordset($1::jsonb) AS given(job_id uuid, token uuid)"
+    };
+    (sqlite) => {
+        "(SELECT value ->> 'job_id' AS job_id, value ->> 'token' AS token FROM json_each($1)) AS given"
+    };
+}
+
+/// The jobs that wait, read by the index that holds no others. SQLite keeps no statistics that would let
+/// it find that out, so it is told.
+macro_rules! waiting_jobs {
+    (postgres) => {
+        "jobs WHERE jobs.state IN ('pending', 'queued')"
+    };
+    (sqlite) => {
+        "jobs INDEXED BY jobs_waiting WHERE jobs.state IN ('pending', 'queued')"
+    };
+}
+
+pub(super) use {given_ids, given_leases, piece, statement, waiting_jobs};
 
 /// A parameter that both databases take.
 pub(super) trait Argument: Send {

@@ -90,3 +90,55 @@ fn sqlite_code(error: &sqlx::Error) -> Option<i32> {
     let extended: i32 = sqlx::error::DatabaseError::code(error)?.parse().ok()?;
     Some(extended & 0xff)
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::{Connection, Executor, SqliteConnection};
+
+    use super::*;
+
+    async fn sqlite(url: &str) -> SqliteConnection {
+        SqliteConnection::connect(url).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_database_that_may_not_grow_is_full() {
+        let mut connection = sqlite("sqlite::memory:").await;
+        connection.execute("PRAGMA max_page_count = 3; CREATE TABLE some (bytes BLOB)").await.unwrap();
+        let error = connection.execute("INSERT INTO some VALUES (zeroblob(100000))").await.unwrap_err();
+        assert!(matches!(from_driver(error), StoreError::Full(_)));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_another_writes_is_unavailable() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = format!("sqlite:{}?mode=rwc", folder.path().join("some.db").display());
+        let (mut one, mut two) = (sqlite(&url).await, sqlite(&url).await);
+        two.execute("PRAGMA busy_timeout = 0").await.unwrap();
+        one.execute("BEGIN IMMEDIATE").await.unwrap();
+        let error = from_driver(two.execute("BEGIN IMMEDIATE").await.unwrap_err());
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+        assert!(!is_conflict(&error));
+    }
+
+    #[tokio::test]
+    async fn a_broken_rule_is_internal_and_so_is_a_missing_table() {
+        let mut connection = sqlite("sqlite::memory:").await;
+        connection.execute("CREATE TABLE some (id INTEGER CHECK (id > 0))").await.unwrap();
+        let broken = from_driver(connection.execute("INSERT INTO some VALUES (0)").await.unwrap_err());
+        assert!(matches!(broken, StoreError::Internal(_)) && !is_missing_table(&broken), "{broken:?}");
+        let missing = from_driver(connection.execute("SELECT * FROM other").await.unwrap_err());
+        assert!(is_missing_table(&missing), "{missing:?}");
+    }
+
+    #[test]
+    fn a_pool_without_a_free_connection_is_unavailable() {
+        assert!(matches!(from_driver(sqlx::Error::PoolTimedOut), StoreError::Unavailable(_)));
+    }
+
+    #[test]
+    fn a_newer_schema_is_named_with_both_versions() {
+        let error = from_migrator(MigrateError::VersionMissing(7), 3);
+        assert!(matches!(error, StoreError::Schema { found: 7, needed: 3 }));
+    }
+}

@@ -58,7 +58,7 @@ impl From<JobRow> for JobView {
 }
 
 macro_rules! job_columns {
-    () => {
+    ($dialect:ident) => {
         "SELECT jobs.job_id, jobs.submission_id, jobs.job_index, jobs.state, jobs.spec, jobs.attempts, jobs.worker,
            jobs.image_key, jobs.sidecar_key, jobs.sha256, jobs.render_ms, jobs.error_kind, jobs.error_message,
            jobs.created_at, jobs.queued_at, jobs.started_at, jobs.finished_at
@@ -66,16 +66,21 @@ macro_rules! job_columns {
     };
 }
 
-/// The filters, each of which may be NULL, and the page. A statement names the one filter again that
-/// it reads its index by.
-macro_rules! filters_and_page {
-    () => {
+/// The filters, each of which may be NULL. A statement names the one filter again that it reads its
+/// index by.
+macro_rules! filters {
+    ($dialect:ident) => {
         " AND jobs.job_id > $1
       AND ($3 IS NULL OR jobs.submission_id = $3)
       AND ($4 IS NULL OR jobs.state = $4)
       AND ($5 IS NULL OR jobs.model = $5)
-      AND ($6 IS NULL OR EXISTS (SELECT 1 FROM job_tags WHERE job_tags.job_id = jobs.job_id AND job_tags.tag = $6))
-    ORDER BY jobs.job_id LIMIT $2"
+      AND ($6 IS NULL OR EXISTS (SELECT 1 FROM job_tags WHERE job_tags.job_id = jobs.job_id AND job_tags.tag = $6))"
+    };
+}
+
+macro_rules! page {
+    ($dialect:ident) => {
+        "\n    ORDER BY jobs.job_id LIMIT $2"
     };
 }
 
@@ -85,42 +90,48 @@ const JOBS: Statement = statement!(
     "-- jobs(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "WHERE true",
-    filters_and_page
+    filters,
+    page
 );
 
 const JOBS_OF_SUBMISSION: Statement = statement!(
     "-- jobs_of_submission(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "WHERE jobs.submission_id = $3",
-    filters_and_page
+    filters,
+    page
 );
 
 const JOBS_OF_SUBMISSION_IN_STATE: Statement = statement!(
     "-- jobs_of_submission_in_state(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "WHERE jobs.submission_id = $3 AND jobs.state = $4",
-    filters_and_page
+    filters,
+    page
 );
 
 const JOBS_IN_STATE: Statement = statement!(
     "-- jobs_in_state(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "WHERE jobs.state = $4",
-    filters_and_page
+    filters,
+    page
 );
 
 const JOBS_OF_MODEL: Statement = statement!(
     "-- jobs_of_model(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "WHERE jobs.model = $5",
-    filters_and_page
+    filters,
+    page
 );
 
 const JOBS_WITH_TAG: Statement = statement!(
     "-- jobs_with_tag(after, limit, submission_id, state, model, tag)\n    ",
     job_columns,
     "JOIN job_tags AS by_tag ON by_tag.job_id = jobs.job_id WHERE by_tag.tag = $6 AND by_tag.job_id > $1",
-    filters_and_page
+    filters,
+    "\n    ORDER BY by_tag.job_id LIMIT $2"
 );
 
 pub(super) async fn job(store: &SqlStore, job: JobId) -> Result<Option<JobView>> {

@@ -201,8 +201,9 @@ pub trait Store: Send + Sync + 'static {
     /// Answers if the store can be reached and its schema is this build's.
     async fn ping(&self) -> Result<()>;
 
-    /// Stores a submission with all its jobs (as `pending`) or nothing. Reads the stream in chunks:
-    /// memory does not grow with the number of jobs.
+    /// Stores a submission with all its jobs (as `pending`) or nothing; one without jobs is refused. Reads
+    /// the stream in chunks: memory does not grow with the number of jobs. A transaction is open
+    /// meanwhile (on SQLite nobody else can write), so the stream should not wait for a slow client.
     async fn submit(&self, submission: &NewSubmission, jobs: JobStream<'_>) -> Result<Submitted>;
 
     /// What an earlier request with that idempotency key made, without storing anything; `None` if
@@ -250,9 +251,9 @@ pub trait Store: Send + Sync + 'static {
     /// How many jobs of a queue have been `queued` since before `queued_before`.
     async fn queued_since(&self, queue: &QueueKey, queued_before: DateTime<Utc>) -> Result<u64>;
 
-    /// Claims a window of deliveries in one statement: queued (or pending, published a moment ago)
-    /// and due jobs become leased by `worker` until now + `lease`, with a token each and
-    /// `attempts + 1`.
+    /// Claims a window of deliveries at once: queued jobs (and pending ones that are due: published a
+    /// moment ago) become leased by `worker` until now + `lease`, each with a token and the next attempt's
+    /// number. A delivery that overtakes the dispatcher's commit waits for it.
     async fn claim(&self, worker: &WorkerId, jobs: &[JobId], lease: Duration) -> Result<Claim>;
 
     /// Done: stores the result of each job whose lease still holds, in one transaction. Which did, also if
@@ -265,7 +266,8 @@ pub trait Store: Send + Sync + 'static {
     /// `None` if the lease was lost.
     async fn fail(&self, worker: &WorkerId, lease: &Lease, failure: &Failure) -> Result<Option<JobState>>;
 
-    /// Gives leases back unspent (the attempt does not count): for an orderly stop. How many.
+    /// Gives leases back unspent (the attempt does not count, its number is not given again): for an
+    /// orderly stop. How many.
     async fn release(&self, leases: &[Lease]) -> Result<u64>;
 
     /// The row of a cancelled job has been dropped. False if the lease was lost.

@@ -3,8 +3,9 @@
 use futures_util::StreamExt;
 use serde::Serialize;
 
+use super::columns::Moment;
 use super::counters::Moves;
-use super::driver::{Driver, Statement, Transaction, arguments, statement};
+use super::driver::{Statement, Transaction, arguments, statement};
 use super::sql::SqlStore;
 use super::{JobStream, Result, StoreError, Submitted};
 use crate::id::{JobId, SubmissionId};
@@ -127,7 +128,8 @@ pub(super) async fn submit(store: &SqlStore, submission: &NewSubmission, mut job
     let (mut transaction, now) = store.begin().await?;
     let arguments = arguments![
         submission.id,
-        submission.name.clone(),
+        // Postgres cannot hold U+0000 in text.
+        submission.name.as_ref().map(|name| name.replace('\0', "\u{fffd}")),
         submission.idempotency.as_ref().map(|idempotency| idempotency.key.clone()),
         submission.idempotency.as_ref().map(|idempotency| idempotency.request_hash.clone()),
         max_attempts(submission),
@@ -143,14 +145,9 @@ pub(super) async fn submit(store: &SqlStore, submission: &NewSubmission, mut job
     let mut total = 0;
     while chunk.jobs > 0 {
         total += chunk.jobs as u64;
-        if chunk.has_tags {
-            let tags = chunk.json.clone();
-            insert_chunk(&mut transaction, submission, chunk, now).await?;
-            transaction.execute(&INSERT_TAGS, arguments![tags]).await?;
-        } else {
-            insert_chunk(&mut transaction, submission, chunk, now).await?;
-        }
-        chunk = Chunk::read(&mut jobs, total).await?;
+        // The next chunk is prepared while the database works on this one.
+        let insert = insert_chunk(&mut transaction, submission, chunk, now);
+        (_, chunk) = tokio::try_join!(insert, Chunk::read(&mut jobs, total))?;
     }
     if total > first_chunk {
         transaction.execute(&SET_SUBMISSION_JOBS, arguments![submission.id, total as i64]).await?;
@@ -170,10 +167,14 @@ async fn insert_chunk(
     transaction: &mut Transaction,
     submission: &NewSubmission,
     chunk: Chunk,
-    now: super::columns::Moment,
+    now: Moment,
 ) -> Result<()> {
+    let tags = chunk.has_tags.then(|| chunk.json.clone());
     let arguments = arguments![chunk.json, submission.id, max_attempts(submission), now];
     transaction.execute(&INSERT_JOBS, arguments).await?;
+    if let Some(json) = tags {
+        transaction.execute(&INSERT_TAGS, arguments![json]).await?;
+    }
     Ok(())
 }
 
@@ -187,8 +188,7 @@ async fn earlier(transaction: &mut Transaction, submission: &NewSubmission) -> R
 }
 
 pub(super) async fn find_idempotent(store: &SqlStore, idempotency: &Idempotency) -> Result<Option<Submitted>> {
-    let driver: &Driver = &store.driver;
     let earlier: Option<EarlierRow> =
-        driver.fetch_optional(&SUBMISSION_BY_KEY, arguments![idempotency.key.clone()]).await?;
+        store.driver.fetch_optional(&SUBMISSION_BY_KEY, arguments![idempotency.key.clone()]).await?;
     Ok(earlier.map(|earlier| earlier.answer(idempotency)))
 }

@@ -26,7 +26,8 @@ const RECORD_WORKER: Statement = statement!(
         failed = excluded.failed, loads = excluded.loads, last_seen = excluded.last_seen"
 );
 
-// On Postgres the rows are locked in id order first: a worker renews and finishes at the same time.
+// On Postgres the rows are locked in id order first: a worker renews and finishes at the same time. The
+// plus keeps SQLite from reading all that are leased.
 const RENEW_LEASES: Statement = statement!("-- renew_leases(leases, now, expires_at)\n    ", {
     "WITH held AS (
         SELECT jobs.job_id
@@ -39,7 +40,7 @@ const RENEW_LEASES: Statement = statement!("-- renew_leases(leases, now, expires
     RETURNING jobs.job_id, jobs.cancel_requested"
         | "UPDATE jobs SET expires_at = $3
     FROM (SELECT value ->> 'job_id' AS job_id, value ->> 'token' AS token FROM json_each($1)) AS given
-    WHERE jobs.job_id = given.job_id AND jobs.state = 'leased' AND jobs.token = given.token AND jobs.expires_at > $2
+    WHERE jobs.job_id = given.job_id AND +jobs.state = 'leased' AND jobs.token = given.token AND jobs.expires_at > $2
     RETURNING job_id, cancel_requested"
 });
 
@@ -83,9 +84,16 @@ const SAY_GOODBYE: Statement = statement!(
     UPDATE workers SET left_at = $2, last_seen = $2 WHERE worker_id = $1 AND left_at IS NULL"
 );
 
+// Each start of a worker is a row of its own: the old ones go with those that leave.
+const FORGET_WORKERS: Statement = statement!(
+    "-- forget_workers(last_seen_before)
+    DELETE FROM workers WHERE last_seen < $1"
+);
+
 pub(super) async fn goodbye(store: &SqlStore, worker: &WorkerId) -> Result<()> {
     let (mut transaction, now) = store.begin().await?;
     transaction.execute(&SAY_GOODBYE, arguments![worker.0.clone(), now]).await?;
+    transaction.execute(&FORGET_WORKERS, arguments![Moment(now.0 - FORGOTTEN_AFTER)]).await?;
     transaction.commit().await
 }
 

@@ -86,7 +86,9 @@ on_each_store! {
         farm.store.heartbeat(&status("bob"), &[], LEASE).await.unwrap();
         assert_eq!(alive().await, [("ann".into(), true), ("bob".into(), true), ("zoe".into(), false)]);
         farm.clock.advance(Duration::from_secs(24 * 3600));
-        assert_eq!(alive().await, [], "forgotten after a day");
+        assert_eq!(alive().await, [], "not listed after a day");
+        farm.store.goodbye(&worker("any")).await.unwrap();
+        assert_eq!(farm.execute("DELETE FROM workers").await.unwrap(), 1, "and swept away by the next goodbye");
     }
 
     async fn after_its_goodbye_a_worker_stays_away(farm: &TestFarm) {

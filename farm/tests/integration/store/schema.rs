@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farm::clock::SystemClock;
-use farm::job::{Counters, FailureKind, Lane};
+use farm::id::JobId;
+use farm::job::{Counters, FailureKind, Lane, NewJob};
 use farm::store::{self, StoreError};
+use futures_util::stream;
 
-use super::harness::{TestFarm, queue, runtime, settings};
+use super::harness::{TestFarm, new_submission, on_postgres, queue, runtime, settings, spec};
 use super::on_each_store;
 
 on_each_store! {
@@ -153,5 +155,47 @@ fn a_store_in_memory_works() {
         assert_eq!(all, [true; 3]);
         assert_eq!(farm.counters(&submission).await.done, 3);
         assert_eq!(farm.store.dispatch(&queue("demo", Lane::Bulk), 10, &farm.broker).await.unwrap(), 0);
+    });
+}
+
+#[test]
+fn on_postgres_a_full_disk_and_a_deadlock_are_told_apart() {
+    on_postgres(async |farm| {
+        farm.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN RAISE EXCEPTION USING ERRCODE = TG_ARGV[0]; END $$",
+        )
+        .await
+        .unwrap();
+        let refuse = async |code: &str| {
+            let trigger = format!(
+                "CREATE OR REPLACE TRIGGER refuse BEFORE INSERT ON submissions EXECUTE FUNCTION refuse('{code}')"
+            );
+            farm.execute(&trigger).await.unwrap();
+            let job = NewJob { id: JobId::new(), spec: spec("demo", Lane::Bulk) };
+            farm.store.submit(&new_submission(), Box::pin(stream::iter([Ok(job)]))).await.unwrap_err()
+        };
+        assert!(matches!(refuse("53100").await, StoreError::Full(_)));
+        for code in ["40P01", "40001", "57P01", "08006", "53300", "55P03", "25006"] {
+            assert!(matches!(refuse(code).await, StoreError::Unavailable(_)), "{code}");
+        }
+        assert!(matches!(refuse("23505").await, StoreError::Internal(_)));
+    });
+}
+
+#[test]
+fn on_postgres_a_restarted_server_costs_at_most_some_unavailable_answers() {
+    on_postgres(async |farm| {
+        let (_, leases) = farm.lease(1).await;
+        let kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                    WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        farm.execute(kill).await.unwrap();
+        let mut tries = 0;
+        while let Err(error) = farm.store.job(leases[0].job_id).await {
+            assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+            tries += 1;
+            assert!(tries <= 20);
+        }
+        assert!(farm.finish(&leases[0]).await);
     });
 }

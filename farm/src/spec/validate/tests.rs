@@ -1,0 +1,175 @@
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use super::*;
+
+fn catalog() -> Catalog {
+    let small =
+        ModelFacts { width: 128, height: 64, steps: 20, sampler: Some(Sampler::Ddim), ..ModelFacts::sd15("here") };
+    let models = BTreeMap::from([("demo".to_owned(), small), ("sd15".to_owned(), ModelFacts::sd15("hub/sd15"))]);
+    Catalog::new(models, "demo").unwrap()
+}
+
+/// A request from JSON, with a prompt unless it has one.
+fn request(mut json: Value) -> RenderRequest {
+    let map = json.as_object_mut().unwrap();
+    map.entry("prompt").or_insert("a star".into());
+    serde_json::from_value(json).unwrap()
+}
+
+fn validate(json: Value) -> Result<RenderSpec, ValidationError> {
+    request(json).validate(&catalog(), &Limits::default(), Lane::Bulk, || 7)
+}
+
+/// What a refused request is told.
+fn refusal(json: Value) -> String {
+    validate(json.clone()).map(|_| format!("{json} was let through")).unwrap_or_else(|error| error.to_string())
+}
+
+#[test]
+fn only_the_prompt_is_required() {
+    let spec = validate(json!({})).unwrap();
+    assert_eq!((spec.model.as_str(), spec.prompt.as_str(), spec.negative_prompt.as_str()), ("demo", "a star", ""));
+    assert_eq!((spec.width, spec.height, spec.steps, spec.guidance_scale), (128, 64, 20, 7.5));
+    assert_eq!((spec.sampler, spec.schedule, spec.seed, spec.lane), (Some(Sampler::Ddim), None, 7, Lane::Bulk));
+    let missing = RenderRequest::default().validate(&catalog(), &Limits::default(), Lane::Bulk, || 7).unwrap_err();
+    assert_eq!(missing.to_string(), "`prompt` must be present, but is missing");
+}
+
+#[test]
+fn what_is_asked_for_is_what_one_gets() {
+    let spec = validate(json!({
+        "operation": "image_generation", "model": "sd15", "negative_prompt": "blur", "width": 640, "height": 8,
+        "steps": 1, "guidance_scale": 0, "sampler": "dpmpp_2m", "schedule": "karras", "seed": 9223372036854775807u64,
+        "lane": "interactive", "tags": ["a"], "metadata": {"sku": 1}
+    }))
+    .unwrap();
+    assert_eq!((spec.model.as_str(), spec.width, spec.height, spec.steps), ("sd15", 640, 8, 1));
+    assert_eq!((spec.sampler, spec.schedule), (Some(Sampler::Dpmpp2m), Some(Schedule::Karras)));
+    assert_eq!((spec.seed, spec.lane, spec.guidance_scale), (i64::MAX as u64, Lane::Interactive, 0.0));
+    assert_eq!((spec.tags, spec.metadata["sku"].clone()), (vec!["a".to_owned()], json!(1)));
+}
+
+#[test]
+fn each_field_out_of_its_limit_is_named_with_limit_and_value() {
+    let table = [
+        (json!({"operation": "upscale"}), "`operation` must be `image_generation`, but is `upscale`"),
+        (json!({"model": "sdxl"}), "`model` must be one of demo, sd15, but is `sdxl`"),
+        (json!({"prompt": "x".repeat(10_001)}), "`prompt` must be at most 10000 bytes, but is 10001 bytes"),
+        (json!({"prompt": "a\0b"}), "`prompt` must be without NUL characters, but is text with one"),
+        (
+            json!({"negative_prompt": "é".repeat(5001)}),
+            "`negative_prompt` must be at most 10000 bytes, but is 10002 bytes",
+        ),
+        (json!({"negative_prompt": "\0"}), "`negative_prompt` must be without NUL characters, but is text with one"),
+        (json!({"width": 100}), "`width` must be 8 to 4096 and a multiple of 8, but is 100"),
+        (json!({"width": 0}), "`width` must be 8 to 4096 and a multiple of 8, but is 0"),
+        (json!({"height": -8}), "`height` must be 8 to 4096 and a multiple of 8, but is -8"),
+        (json!({"height": 4104}), "`height` must be 8 to 4096 and a multiple of 8, but is 4104"),
+        (json!({"steps": 0}), "`steps` must be 1 to 1000, but is 0"),
+        (json!({"steps": 1_000_000_000}), "`steps` must be 1 to 1000, but is 1000000000"),
+        (json!({"guidance_scale": -0.5}), "`guidance_scale` must be 0 to 100, but is -0.5"),
+        (json!({"guidance_scale": 100.5}), "`guidance_scale` must be 0 to 100, but is 100.5"),
+        (
+            json!({"sampler": "heun"}),
+            "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm, but is `heun`",
+        ),
+        (json!({"schedule": "linear"}), "`schedule` must be one of normal, karras, exponential, beta, but is `linear`"),
+        (json!({"seed": -1}), "`seed` must be 0 to 9223372036854775807, but is -1"),
+        (json!({"lane": "fast"}), "`lane` must be one of interactive, bulk, but is `fast`"),
+        (json!({"tags": vec!["t"; 33]}), "`tags` must be at most 32 tags, but is 33 tags"),
+        (json!({"tags": ["ok", ""]}), "`tags` must be each 1 to 128 bytes without NUL, but is ``"),
+        (
+            json!({"metadata": {"a": "x".repeat(16384)}}),
+            "`metadata` must be at most 16384 bytes of JSON, but is 16392 bytes",
+        ),
+        (json!({"metadata": {"a": ["\0"]}}), "`metadata` must be without NUL characters, but is text with one"),
+        (json!({"metadata": {"\0": 1}}), "`metadata` must be without NUL characters, but is text with one"),
+    ];
+    for (json, expected) in table {
+        assert_eq!(refusal(json), expected);
+    }
+}
+
+#[test]
+fn a_value_at_its_limit_is_let_through() {
+    let fine = [
+        json!({"prompt": "x".repeat(10_000)}),
+        json!({"prompt": ""}),
+        json!({"width": 4096, "height": 4096}),
+        json!({"steps": 1000}),
+        json!({"guidance_scale": 100}),
+        json!({"seed": 0}),
+        json!({"tags": vec!["t".repeat(128); 32]}),
+        json!({"metadata": {"a": "x".repeat(16376)}}),
+    ];
+    for json in fine {
+        validate(json).unwrap();
+    }
+}
+
+#[test]
+fn a_picture_of_too_many_pixels_is_refused_though_its_sides_are_fine() {
+    let limits = Limits { pixels: 128 * 128, ..Limits::default() };
+    let large = request(json!({"width": 256, "height": 128}));
+    let error = large.validate(&catalog(), &limits, Lane::Bulk, || 7).unwrap_err();
+    assert_eq!(error.to_string(), "`width × height` must be at most 16384 pixels, but is 32768");
+}
+
+#[test]
+fn a_long_tag_is_refused_and_shown_cut() {
+    let error = validate(json!({"tags": ["t".repeat(1000)]})).unwrap_err();
+    assert_eq!(error.value.chars().count(), 121, "{}", error.value);
+    assert!(error.value.ends_with('…'));
+}
+
+#[test]
+fn metadata_may_spell_a_nul_out() {
+    let spec = validate(json!({"metadata": {"path": "C:\\u0000"}})).unwrap();
+    assert_eq!(spec.metadata["path"], "C:\\u0000");
+}
+
+#[test]
+fn metadata_is_only_so_deep() {
+    let nested = |levels: usize| (1..levels).fold(json!({}), |inner, _| json!({ "a": inner }));
+    assert_eq!(validate(json!({"metadata": nested(64)})).map(|_| ()), Ok(()));
+    let expected = "`metadata` must be at most 64 levels deep, but is 65 levels";
+    assert_eq!(refusal(json!({"metadata": nested(65)})), expected);
+}
+
+#[test]
+fn a_drawn_seed_is_one_that_a_client_could_send() {
+    let spec = request(json!({})).validate(&catalog(), &Limits::default(), Lane::Bulk, || u64::MAX).unwrap();
+    assert_eq!(spec.seed, i64::MAX as u64);
+}
+
+#[test]
+fn an_unknown_field_is_no_request() {
+    let error = serde_json::from_value::<RenderRequest>(json!({"prompt": "x", "stepz": 3})).unwrap_err();
+    assert!(error.to_string().contains("stepz"), "{error}");
+}
+
+#[test]
+fn a_request_takes_from_the_defaults_what_it_leaves_open() {
+    let defaults = request(json!({"prompt": "default", "steps": 5, "tags": ["d"], "metadata": {"d": 1}, "seed": 3}));
+    let own = RenderRequest { steps: Some(9), tags: Some(vec![]), ..RenderRequest::default() };
+    let merged = own.or(&defaults);
+    assert_eq!((merged.prompt.as_deref(), merged.steps, merged.seed), (Some("default"), Some(9), Some(3)));
+    assert_eq!((merged.tags, merged.metadata), (Some(vec![]), defaults.metadata.clone()));
+}
+
+#[test]
+fn a_spec_is_read_back_as_it_was_written() {
+    let spec = validate(json!({"sampler": "pndm", "tags": ["a"], "metadata": {"x": [1, 2.5, null]}})).unwrap();
+    let text = serde_json::to_string(&spec).unwrap();
+    assert_eq!(serde_json::from_str::<RenderSpec>(&text).unwrap(), spec);
+    for sampler in Sampler::ALL {
+        assert_eq!(Sampler::parse(sampler.as_str()), Some(sampler));
+        assert_eq!(serde_json::to_value(sampler).unwrap(), sampler.as_str());
+    }
+    for schedule in Schedule::ALL {
+        assert_eq!(Schedule::parse(schedule.as_str()), Some(schedule));
+        assert_eq!(serde_json::to_value(schedule).unwrap(), schedule.as_str());
+    }
+}
