@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{Device, Tensor};
 
 use super::layout::{channels_first, channels_last};
-use super::matmul::{Addends, Input, LayerShape, layer};
+use super::matmul::{Addends, Input, LayerShape, layer, pack};
 use super::{host, layout, misuse};
 use crate::Result;
 
@@ -45,13 +45,14 @@ enum Added<'a> {
 }
 
 impl Conv2d {
-    /// A convolution from a checkpoint's (out, in, kernel height, kernel width) weight and (out) bias,
-    /// placed on `device`.
+    /// A convolution from a checkpoint's (out, in, kernel height, kernel width) weight and (out) bias
+    /// in host memory, placed on `device`.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, shape: ConvShape, device: &Device) -> Result<Self> {
         let (outputs, inputs, kernel_height, kernel_width) = weight.dims4()?;
         let weight = if device.is_cpu() {
-            let packed = weight.permute((2, 3, 1, 0))?.contiguous()?;
-            packed.reshape((kernel_height * kernel_width * inputs, outputs))?
+            let taps = kernel_height * kernel_width;
+            let packed = pack(&host::values(&host::as_f32(weight)?)?, outputs, inputs, taps)?;
+            host::tensor(packed, (taps * inputs, outputs), weight.dtype())?
         } else {
             weight.to_device(device)?
         };

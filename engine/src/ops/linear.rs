@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::matmul::{Addends, Input, LayerShape, layer};
+use super::matmul::{Addends, Input, LayerShape, layer, pack};
 use super::{host, misuse};
 use crate::Result;
 
@@ -14,12 +14,12 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// A layer from a checkpoint's (out, in) weight and (out) bias, placed on `device`.
+    /// A layer from a checkpoint's (out, in) weight and (out) bias in host memory, placed on `device`.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, device: &Device) -> Result<Self> {
-        Ok(Self {
-            weight: weight.t()?.contiguous()?.to_device(device)?,
-            bias: bias.map(|bias| bias.to_device(device)).transpose()?,
-        })
+        let (outputs, inputs) = weight.dims2()?;
+        let packed = pack(&host::values(&host::as_f32(weight)?)?, outputs, inputs, 1)?;
+        let weight = host::tensor(packed, (inputs, outputs), weight.dtype())?.to_device(device)?;
+        Ok(Self { weight, bias: bias.map(|bias| bias.to_device(device)).transpose()? })
     }
 
     /// (rows, …, in) → (rows, …, out).

@@ -6,6 +6,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::host;
+use crate::Result;
+
 /// A matrix of `rows` × `cols` values over a slice, with a stride for each direction.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
@@ -153,6 +156,32 @@ pub(super) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
         scratch.replace(room);
         result
     })
+}
+
+/// A checkpoint's weight (outputs, inputs, taps) as the right factor of [`layer`]: (taps · inputs,
+/// outputs), so that neighbouring outputs lie side by side.
+pub(super) fn pack(weight: &[f32], outputs: usize, inputs: usize, taps: usize) -> Result<Vec<f32>> {
+    /// Inputs of a task: their values of one output fill some whole cache lines.
+    const BLOCK: usize = 16;
+    assert_eq!(weight.len(), outputs * inputs * taps, "size of a weight");
+    let mut packed = host::zeros(weight.len())?;
+    let shared = Shared::new(&mut packed);
+    (0..inputs.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
+        let first = block * BLOCK;
+        let last = inputs.min(first + BLOCK);
+        for tap in 0..taps {
+            // SAFETY: the lines of this tap's and this task's inputs belong to no other task.
+            #[allow(unsafe_code)]
+            let lines = unsafe { shared.part((tap * inputs + first) * outputs..(tap * inputs + last) * outputs) };
+            for output in 0..outputs {
+                let from = (output * inputs + first) * taps + tap;
+                for line in 0..last - first {
+                    lines[line * outputs + output] = weight[from + line * taps];
+                }
+            }
+        }
+    });
+    Ok(packed)
 }
 
 /// The dimensions of a layer that maps each position of each row by itself.
@@ -308,6 +337,20 @@ mod tests {
             for j in 0..cols {
                 let sum: f32 = (0..inner).map(|k| left[i * inner + k] * right[j * inner + k]).sum();
                 assert!((target[i * cols + j] - sum).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn a_packed_weight_has_its_outputs_side_by_side() {
+        for (outputs, inputs, taps) in [(1, 1, 1), (3, 5, 1), (7, 33, 9), (40, 16, 25)] {
+            let weight = reference::numbers(outputs * inputs * taps, 5);
+            let packed = pack(&weight, outputs, inputs, taps).unwrap();
+            for (output, input, tap) in
+                (0..outputs).flat_map(|o| (0..inputs).flat_map(move |i| (0..taps).map(move |t| (o, i, t))))
+            {
+                let value = weight[(output * inputs + input) * taps + tap];
+                assert_eq!(packed[(tap * inputs + input) * outputs + output], value);
             }
         }
     }
