@@ -155,7 +155,7 @@ pub struct UpArgs {
   kiln scheduler --config /etc/kiln.toml --listen 127.0.0.1:8600
 
 It needs a Postgres store, a RabbitMQ broker and an S3 artifact store in the configuration, and brings
-the store's tables to its version when it starts. Several schedulers may share one farm.")]
+the store's tables to its version when it starts. Several schedulers may serve one farm.")]
 pub struct SchedulerArgs {
     /// Where the API listens [default: the configuration's api.listen, 127.0.0.1:8600]
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -302,8 +302,7 @@ pub struct KeyArgs {
 #[command(after_help = "Examples:
   KILN_STORE_URL=postgres://kiln@db/kiln kiln migrate
 
-`kiln scheduler` and `kiln up` do this when they start; by hand it is for those who let only an
-operator change tables.")]
+Every process of a farm does this when it starts; by hand it is for an upgrade in a quiet hour.")]
 pub struct MigrateArgs {}
 
 #[cfg(test)]

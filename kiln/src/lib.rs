@@ -78,7 +78,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
 /// Farm processes log what they do; the other commands only what is wrong.
 fn start_log(command: &Command, environment: &Environment) -> Result<()> {
     let level = match command {
-        Command::Up(_) | Command::Scheduler(_) | Command::Worker(_) => "info",
+        // What a database says of each start is no news.
+        Command::Up(_) | Command::Scheduler(_) | Command::Worker(_) => "info,sqlx::postgres::notice=warn",
         _ => "warn",
     };
     let format = match environment.get("KILN_LOG_FORMAT") {

@@ -35,11 +35,11 @@ pub struct Ports {
 
 impl Ports {
     /// Opens what the configuration names; what it leaves open lies in the data folder or in this
-    /// process. The store's tables are brought to this build's version if `migrate`.
-    pub async fn open(config: &Config, migrate: bool) -> Result<Self> {
+    /// process. The store's tables are brought to this build's version.
+    pub async fn open(config: &Config) -> Result<Self> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let url = store_url(config)?;
-        let store = open_store(&url, &config.store, migrate, Arc::clone(&clock))
+        let store = open_store(&url, &config.store, Arc::clone(&clock))
             .await
             .with_context(|| format!("the store {} cannot be used", redact_url(&url)))?;
         let prefix = config.broker.prefix.as_deref().unwrap_or(PREFIX);
@@ -61,7 +61,7 @@ pub fn store_url(config: &Config) -> Result<String> {
     Ok(format!("sqlite:{}", data_dir.join("kiln.db").display()))
 }
 
-async fn open_store(url: &str, config: &StoreConfig, migrate: bool, clock: Arc<dyn Clock>) -> Result<SharedStore> {
+async fn open_store(url: &str, config: &StoreConfig, clock: Arc<dyn Clock>) -> Result<SharedStore> {
     let settings = StoreSettings {
         backoff: seconds(config.backoff_seconds),
         backoff_max: seconds(config.backoff_max_seconds),
@@ -70,15 +70,7 @@ async fn open_store(url: &str, config: &StoreConfig, migrate: bool, clock: Arc<d
     };
     let start = tokio::time::Instant::now();
     loop {
-        let outcome = async {
-            if migrate {
-                store::migrate(url).await?;
-            }
-            let store = store::connect(url, &settings, Arc::clone(&clock)).await?;
-            store.ping().await?;
-            Ok::<_, StoreError>(store)
-        };
-        match outcome.await {
+        match store::connect(url, &settings, Arc::clone(&clock)).await {
             Err(error @ StoreError::Unavailable(_)) if start.elapsed() < STORE_PATIENCE => {
                 tracing::warn!("{error}; trying again");
                 tokio::time::sleep(Duration::from_secs(1)).await;

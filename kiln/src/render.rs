@@ -57,7 +57,7 @@ pub async fn run(mut config: Config, args: RenderArgs, stop: CancellationToken) 
 
     let temporary = tempfile::tempdir().context("a temporary folder cannot be made")?;
     privatise(&mut config, temporary.path());
-    let ports = Ports::open(&config, true).await?;
+    let ports = Ports::open(&config).await?;
     let listener = TcpListener::bind(config.api.listen).await.context("no loopback socket can be opened")?;
     let mut farm = Farm::start(&config, &ports, &Arc::new(catalog), listener)?;
     let client = Client::at(format!("http://{}", farm.address), None)?;

@@ -20,7 +20,7 @@ pub async fn run(mut config: Config, args: SchedulerArgs, stop: CancellationToke
     let listener = bind(config.api.listen).await?;
     let catalog = Arc::new(catalog::build(&config).await?);
     let ports = tokio::select! {
-        ports = Ports::open(&config, true) => ports?,
+        ports = Ports::open(&config) => ports?,
         () = stop.cancelled() => return Ok(ExitCode::SUCCESS),
     };
     scheduler::run(embedded::scheduler(&config, &ports, &catalog), listener, stop.cancelled()).await?;

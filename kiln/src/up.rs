@@ -27,7 +27,7 @@ pub async fn run(mut config: Config, args: UpArgs, stop: CancellationToken) -> R
     let _lock = lock(&data_dir)?;
     let listener: TcpListener = bind(config.api.listen).await?;
     let catalog = Arc::new(catalog::build(&config).await?);
-    let ports = Ports::open(&config, true).await?;
+    let ports = Ports::open(&config).await?;
     let mut farm = Farm::start(&config, &ports, &catalog, listener)?;
     eprintln!("kiln: the farm is up, its API at http://{}, its data in {}", farm.address, data_dir.display());
     eprintln!("kiln: in another terminal: kiln submit FILE.jsonl --wait; Ctrl-C ends the farm, nothing is lost");

@@ -19,9 +19,8 @@ pub async fn run(mut config: Config, args: WorkerArgs, stop: CancellationToken) 
     config.check().context("the command line is not right")?;
     require_servers(&config, "worker")?;
     let catalog = Arc::new(catalog::build(&config).await?);
-    // The scheduler changes tables; a worker that finds other ones than it knows says so and ends.
     let ports = tokio::select! {
-        ports = Ports::open(&config, false) => ports?,
+        ports = Ports::open(&config) => ports?,
         () = stop.cancelled() => return Ok(ExitCode::SUCCESS),
     };
     let summary = worker::run(embedded::worker(&config, &ports, &catalog), stop.cancelled()).await?;

@@ -54,7 +54,7 @@ impl Rig {
     /// Starts one more worker. Where the ports are servers it has connections of its own, as another process would.
     pub async fn add_worker(&mut self) -> Result<()> {
         let has_servers = !self.config.broker.url.0.is_empty();
-        let ports = if has_servers { Ports::open(&self.config, false).await? } else { self.ports.clone() };
+        let ports = if has_servers { Ports::open(&self.config).await? } else { self.ports.clone() };
         let worker = embedded::worker(&self.config, &ports, &self.catalog);
         let stop = self.stop.clone().cancelled_owned();
         self.parts.spawn(async move { ("worker", worker::run(worker, stop).await.map(drop)) });

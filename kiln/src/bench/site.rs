@@ -104,7 +104,7 @@ impl Site {
             let Secret(server) = &self.config.store.url;
             scratch::create(server, &self.scoped(number)).await.context("no scratch database can be made")?;
         }
-        let ports = Ports::open(&config, true).await?;
+        let ports = Ports::open(&config).await?;
         Ok(Rig::new(config, Arc::clone(&self.catalog), ports))
     }
 

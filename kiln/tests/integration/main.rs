@@ -1,4 +1,5 @@
-//! The project as a whole: its layers, and the commands that need no farm.
+//! The project as a whole: its layers and pages, and the commands that need no farm.
 
 mod commands;
+mod documents;
 mod layering;
