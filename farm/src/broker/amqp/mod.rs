@@ -1,7 +1,7 @@
 //! The broker of a farm: RabbitMQ 3.10 to 4.x through AMQP 0-9-1.
 //!
-//! Reading order: [`topology`] (names and declarations), [`wire`] (messages), [`link`] (connections), [`publisher`],
-//! [`consumer`], [`progress`].
+//! Reading order: `topology` (names and declarations), `wire` (messages), `link` (connections), `publisher`,
+//! `consumer`, `progress`.
 //!
 //! Two connections, since a broker short of memory stops reading from those that publish: one publishes, the other
 //! consumes and asks. Both are made when first needed and made anew after they broke; calls meanwhile fail at once or
