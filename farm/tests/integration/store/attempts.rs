@@ -132,10 +132,10 @@ on_each_store! {
         farm.fail("ann", &leases[2], FailureKind::Retryable).await;
         assert_eq!(farm.store.leftovers(farm.now() - Duration::from_secs(5), 10).await.unwrap(), []);
         let first = Leftover { submission_id: submission.id, job_id: leases[0].job_id, attempt: 1 };
-        assert_eq!(farm.store.leftovers(farm.now(), 10).await.unwrap(), [first.clone()]);
+        assert_eq!(farm.store.leftovers(farm.now(), 10).await.unwrap(), std::slice::from_ref(&first));
         let later = farm.now() + Duration::from_secs(1);
         assert_eq!(farm.store.leftovers(later, 2).await.unwrap().len(), 2);
-        farm.store.forget_leftovers(&[first.clone()]).await.unwrap();
+        farm.store.forget_leftovers(std::slice::from_ref(&first)).await.unwrap();
         let rest = farm.store.leftovers(later, 10).await.unwrap();
         assert!(rest.len() == 2 && !rest.contains(&first), "{rest:?}");
         farm.store.forget_leftovers(&rest).await.unwrap();

@@ -106,7 +106,7 @@ on_each_store! {
         farm.store.cancelled(&leases[0]).await.unwrap();
         assert_eq!(farm.store.retry_job(leases[0].job_id).await.unwrap(), Some(JobState::Pending));
         let lease = farm.claim("ann", &submission.jobs).await.claimed.remove(0).lease;
-        let heartbeat = farm.store.heartbeat(&status("ann"), &[lease.clone()], LEASE).await.unwrap();
+        let heartbeat = farm.store.heartbeat(&status("ann"), std::slice::from_ref(&lease), LEASE).await.unwrap();
         assert_eq!(heartbeat, Heartbeat::default(), "the old request to cancel is forgotten");
         assert!(farm.finish(&lease).await);
     }
