@@ -22,7 +22,7 @@ DIR=${KILN_SERVICES_DIR:-$CACHE/services}
 TOOLS=$CACHE/tools
 S3_SERVER=${KILN_S3_SERVER:-s3s-fs}
 SERVICES=(postgres rabbitmq s3)
-START_SECONDS=60
+START_SECONDS=120
 export PATH=$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin
 
 say() { echo "services: $*" >&2; }
