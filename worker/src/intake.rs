@@ -172,15 +172,32 @@ impl<'a> Intake<'a> {
             let deferred = claim.deferred.len();
             tracing::debug!(worker.id = %self.context.id, deliveries = settled.len(), deferred, "deliveries that are not ours to render");
         }
-        self.context.holdings.add(held.iter().cloned());
-        self.send_on(held).await;
+        let (ours, strays): (Vec<_>, Vec<_>) = held.into_iter().partition(|held| self.is_ours(held));
+        self.give_up(strays).await;
+        self.send_on(ours).await;
         join_all(settled.iter().map(|arrival| arrival.receipt.ack())).await;
     }
 
-    async fn send_on(&self, held: Vec<Held>) {
-        // The store knows best where a job belongs: another checkpoint's must not be rendered with this one.
-        let (ours, strays): (Vec<_>, Vec<_>) = held.into_iter().partition(|held| held.spec.model == self.model);
-        settle::released(self.context, strays.iter().map(|held| held.lease.job_id).collect()).await;
+    /// The store knows best where a job belongs: another checkpoint's must not be rendered with this one.
+    /// And a job whose earlier lease was lost may be back before that attempt has been cleared away.
+    fn is_ours(&self, held: &Held) -> bool {
+        held.spec.model == self.model && self.context.holdings.get(held.lease.job_id).is_none()
+    }
+
+    async fn give_up(&self, strays: Vec<Held>) {
+        if strays.is_empty() {
+            return;
+        }
+        let leases: Vec<_> = strays.iter().map(|held| held.lease.clone()).collect();
+        let release = || self.context.store.release(&leases);
+        if let Err(error) = self.context.until_stored("release strays", &self.stop, release).await {
+            tracing::error!(%error, "leases could not be released: they will expire");
+        }
+        join_all(strays.iter().map(|held| held.receipt.ack())).await;
+    }
+
+    async fn send_on(&self, ours: Vec<Held>) {
+        self.context.holdings.add(ours.iter().cloned());
         match &self.fate {
             Fate::Render => {
                 let row = |held: Held| NewRow { job_id: held.lease.job_id, spec: held.spec };

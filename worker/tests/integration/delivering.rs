@@ -93,6 +93,34 @@ async fn what_was_uploaded_under_a_lost_lease_is_deleted() {
 }
 
 #[tokio::test]
+async fn a_job_that_comes_back_while_its_lost_attempt_is_in_hand_is_given_back_unspent() {
+    let farm = TestFarm::with(|config| config.heartbeat_seconds = 1000.0).await;
+    let stage: Arc<Stage> = Arc::default();
+    farm.faults.disk.shut();
+    let jobs = farm.submit_prompts(&["twice"]).await;
+    let running = farm.start(&stage);
+    wait_for("the upload to begin", async || !farm.faults.noted("put").is_empty()).await;
+    farm.clock.advance(seconds(farm.config.lease_seconds) * 2);
+    assert_eq!(farm.store.reap(100).await.unwrap().retried, 1);
+    farm.clock.advance(seconds(60.0));
+    farm.dispatch().await;
+    wait_for("the job to be claimed again", async || farm.faults.noted("claim").len() == 2).await;
+    farm.wait_for_state(&jobs, JobState::Pending).await;
+    farm.faults.disk.open();
+    wait_for("the lost attempt's objects to be deleted", async || farm.faults.noted("delete").len() == 2).await;
+    wait_for("the job to be done", async || {
+        farm.dispatch().await;
+        farm.job(jobs[0]).await.state == JobState::Done
+    })
+    .await;
+    let summary = running.stop().await;
+    assert_eq!((summary.done, summary.lost), (1, 1));
+    assert_eq!(farm.objects().await.len(), 2);
+    let image = farm.job(jobs[0]).await.image_key.unwrap();
+    assert!(farm.objects().await.contains(&image));
+}
+
+#[tokio::test]
 async fn a_heartbeat_that_finds_a_lease_lost_drops_its_row() {
     let farm = TestFarm::new().await;
     let stage = Stage::held();
