@@ -21,6 +21,7 @@ mod reaper;
 mod reconciler;
 mod server;
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,6 +148,7 @@ fn spawn_loops(scheduler: &Scheduler, metrics: &Metrics, nudge: &Arc<Notify>, st
         clock: clock.clone(),
         grace: seconds(config.reconcile_grace_seconds),
         just_started: true,
+        short_since: HashMap::new(),
         nudge: nudge.clone(),
         metrics: metrics.clone(),
     };

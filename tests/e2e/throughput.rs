@@ -14,12 +14,15 @@ fn mixed_job(index: usize) -> Value {
     let kind = index % (JOBS / 2);
     let samplers = ["ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm"];
     let colors = ["red", "green", "blue", "yellow", "purple"];
+    let sampler = samplers[kind % samplers.len()];
+    // PNDM's Runge-Kutta beginning takes four.
+    let steps = if sampler == "pndm" { 4 } else { 1 + kind % 4 };
     let mut job = json!({
         "prompt": format!("a {} star on a gray background", colors[kind % colors.len()]),
         "seed": kind,
-        "steps": 1 + kind % 4,
+        "steps": steps,
         "guidance_scale": if kind % 3 == 0 { 1.0 } else { 4.0 },
-        "sampler": samplers[kind % samplers.len()],
+        "sampler": sampler,
         "lane": if index % 20 == 0 { "interactive" } else { "bulk" },
     });
     if kind % 2 == 0 {

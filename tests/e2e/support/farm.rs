@@ -111,8 +111,15 @@ impl Farm {
     }
 
     /// Waits until a counter of a submission has reached a value.
+    ///
+    /// # Panics
+    /// If a job fails, with its error.
     pub async fn wait_for(&self, submission: &str, counter: &str, at_least: u64, limit: Duration) {
         eventually(&format!("{at_least} jobs of the submission are {counter}"), limit, || async {
+            if self.client.counter(submission, "failed").await? > 0 {
+                let page = self.client.get(&format!("/v1/jobs?submission_id={submission}&state=failed&limit=1")).await;
+                panic!("a job failed: {}", page["jobs"][0]["error"]);
+            }
             self.client.counter(submission, counter).await.filter(|&count| count >= at_least)
         })
         .await;
