@@ -11,7 +11,6 @@ use farm::job::Lane;
 use farm::message::{JobMessage, Progress, ProgressEvent, QueueKey, VERSION};
 use farm::spec::RenderSpec;
 use futures_util::StreamExt;
-use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use tokio::time::timeout;
 
 use crate::services;
@@ -32,7 +31,7 @@ struct Amqp {
     url: String,
     prefix: String,
     names: AmqpBroker,
-    queues: Mutex<Vec<String>>,
+    queues: Mutex<Vec<QueueKey>>,
 }
 
 impl Subject {
@@ -83,24 +82,14 @@ impl Subject {
 
     fn tidy_up_later(&self, queue: &QueueKey) {
         if let Some(amqp) = &self.amqp {
-            amqp.queues.lock().unwrap().push(amqp.names.queue_name(queue));
+            amqp.queues.lock().unwrap().push(queue.clone());
         }
     }
 
     /// Removes what the test made on the server.
     pub async fn end(self) {
-        let Some(amqp) = self.amqp else { return };
-        drop(self.broker);
-        let connection = lapin::Connection::connect(&amqp.url, Default::default()).await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        let mut queues = amqp.queues.into_inner().unwrap();
-        queues.push(format!("{}.dead", amqp.prefix));
-        for queue in queues {
-            channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
-        }
-        for exchange in ["jobs", "dead", "progress"] {
-            let exchange = format!("{}.{exchange}", amqp.prefix);
-            channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.unwrap();
+        if let Some(amqp) = self.amqp {
+            amqp.names.dismantle(&amqp.queues.into_inner().unwrap()).await.unwrap();
         }
     }
 }
@@ -217,8 +206,7 @@ async fn five_thousand_messages_of_one_call_are_confirmed_and_in_order(subject: 
 async fn publishing_nothing_is_fine(subject: &Subject) {
     let queue = subject.queue("demo");
     assert!(subject.broker.publish(&queue, &[]).await.unwrap().is_empty());
-    // The suite's tidying up expects the queue.
-    publish(&subject.broker, &queue, &messages(&queue, 0..1)).await;
+    assert_eq!(subject.broker.depth(&queue).await.unwrap(), 0);
 }
 
 async fn a_consumer_holds_at_most_its_prefetch(subject: &Subject) {
@@ -397,15 +385,8 @@ pub async fn event(stream: &mut ProgressStream) -> ProgressEvent {
     timeout(PATIENCE, stream.next()).await.expect("an event comes in time").expect("the stream goes on")
 }
 
-/// Progress alone declares no queue; the suite's tidying up expects the exchanges.
-async fn watchable(subject: &Subject) -> &SharedBroker {
-    let queue = subject.queue("demo");
-    publish(&subject.broker, &queue, &messages(&queue, 0..1)).await;
-    &subject.broker
-}
-
 async fn a_watcher_gets_the_events_of_its_job_alone_and_in_order(subject: &Subject) {
-    let broker = watchable(subject).await;
+    let broker = &subject.broker;
     let (job, other) = (JobId::new(), JobId::new());
     let mut stream = broker.watch(job).await.unwrap();
     for number in 1..=20 {
@@ -420,7 +401,7 @@ async fn a_watcher_gets_the_events_of_its_job_alone_and_in_order(subject: &Subje
 }
 
 async fn two_watchers_of_one_job_both_get_its_events(subject: &Subject) {
-    let broker = watchable(subject).await;
+    let broker = &subject.broker;
     let job = JobId::new();
     let mut one = broker.watch(job).await.unwrap();
     let mut other = broker.watch(job).await.unwrap();
@@ -433,7 +414,7 @@ async fn two_watchers_of_one_job_both_get_its_events(subject: &Subject) {
 }
 
 async fn a_watcher_that_left_can_come_back(subject: &Subject) {
-    let broker = watchable(subject).await;
+    let broker = &subject.broker;
     let job = JobId::new();
     for number in 0..20 {
         let mut stream = broker.watch(job).await.unwrap();
@@ -443,7 +424,7 @@ async fn a_watcher_that_left_can_come_back(subject: &Subject) {
 }
 
 async fn news_that_nobody_watches_is_fine(subject: &Subject) {
-    let broker = watchable(subject).await;
+    let broker = &subject.broker;
     for number in 0..20 {
         broker.announce(&step(JobId::new(), number)).await.unwrap();
     }

@@ -77,6 +77,8 @@ impl AmqpBroker {
             let deleted = channel.exchange_delete(name.into(), ExchangeDeleteOptions::default());
             answered("deleting an exchange", deleted).await?;
         }
+        self.publishing.declared().forget();
+        self.consuming.declared().forget();
         answered("closing a channel", channel.close(200, "OK".into())).await
     }
 
