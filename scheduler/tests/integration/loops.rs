@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use farm::broker::Broker;
+use farm::fleet::WorkerStatus;
+use farm::id::WorkerId;
 use farm::job::Lane;
 use farm::message::QueueKey;
 use reqwest::StatusCode;
@@ -130,4 +132,38 @@ async fn a_queue_that_has_lost_nothing_is_left_alone() {
     // Several looks of the reconciler after the grace.
     tokio::time::sleep(Duration::from_millis(700)).await;
     assert_eq!(farm.broker.depth(&queue("demo", Lane::Bulk)).await.unwrap(), 40);
+}
+
+#[tokio::test]
+async fn deliveries_that_a_live_worker_holds_unclaimed_are_not_taken_for_lost() {
+    let farm = Farm::start().await;
+    let bulk = queue("demo", Lane::Bulk);
+    let worker = WorkerStatus {
+        worker_id: WorkerId("holder".into()),
+        host: "here".into(),
+        device: "cpu".into(),
+        serving: Some("demo".into()),
+        warm: Some("demo".into()),
+        draining: false,
+        rows: 0,
+        done: 0,
+        failed: 0,
+        loads: 1,
+    };
+    farm.store.heartbeat(&worker, &[], Duration::from_secs(60)).await.unwrap();
+    submit_bulk(&farm, 40).await;
+    eventually("all are queued", async || farm.store.totals().await.unwrap().queued == 40).await;
+    let mut consumer = farm.broker.consume(&bulk, 5).await.unwrap();
+    for _ in 0..5 {
+        consumer.next().await.unwrap().expect("a delivery");
+    }
+    // Several looks of the reconciler after the grace.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert_eq!(farm.broker.depth(&bulk).await.unwrap(), 35, "nothing was published twice");
+
+    farm.store.goodbye(&worker.worker_id).await.unwrap();
+    eventually("without a worker that could hold them they are lost", async || {
+        farm.broker.depth(&bulk).await.unwrap() > 35
+    })
+    .await;
 }
