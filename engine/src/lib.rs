@@ -2,9 +2,9 @@
 //! prompts into latents, one denoising step of a whole [`RunningBatch`] at a time, and latents into
 //! pictures. Diffusers is the reference: the same seed gives the same picture.
 //!
-//! Reading order: a [`pipeline`] tells the story; [`text`], [`denoiser`] and [`vae`] are the three
-//! networks; [`sampler`] and [`noise`] are the numbers around them; [`weights`] reads files; [`ops`]
-//! is the only place that knows how fast an operation can be.
+//! Reading order: `pipeline` tells the story; `text`, `denoiser` and `vae` are the three networks;
+//! `sampler`, `noise` and `guidance` are the numbers around them; `weights` reads files; `ops` is the
+//! only place that knows how fast an operation can be.
 //!
 //! Invariant: nothing in here knows of jobs, queues, databases or networks; there is no async code, no
 //! random number that does not come from a row's seed, and no row whose picture depends on its batch.

@@ -15,7 +15,7 @@ pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return Ok(x.silu()?);
     }
-    each(x, |x| silu_of(x))
+    each(x, silu_of)
 }
 
 /// x · Φ(x) with the normal distribution's exact Φ, as torch's `gelu` by default.
@@ -23,7 +23,7 @@ pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return Ok(x.gelu_erf()?);
     }
-    each(x, |x| gelu_of(x))
+    each(x, gelu_of)
 }
 
 /// x · sigmoid(1.702 x), the first CLIP's approximation of [`gelu`].
@@ -81,7 +81,7 @@ pub(super) fn exp(x: f32) -> f32 {
     // Adding this pushes the fraction out of the mantissa: the low bits then hold the nearest integer.
     const ROUNDER: f32 = 12_582_912.0;
     // ln 2 in two parts, the first with trailing zeros, so that n · ln 2 keeps its precision.
-    const LN_2_HIGH: f32 = 0.693_359_375;
+    const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 88.0);
     let rounded = x * std::f32::consts::LOG2_E + ROUNDER;
@@ -117,9 +117,9 @@ fn gelu_of(x: f32) -> f32 {
 fn erfc(x: f32) -> f32 {
     let t = 1.0 / (1.0 + 0.35 * x);
     let fit = t * -0.192_573_05 + 0.744_897_5;
-    let fit = fit * t - 0.622_766_05;
+    let fit = fit * t - 0.622_766_1;
     let fit = fit * t + 0.619_837_1;
-    let fit = fit * t + 0.032_038_962;
+    let fit = fit * t + 0.032_038_96;
     let fit = fit * t + 0.222_365_33;
     let fit = fit * t + 0.196_200_22;
     t * fit * exp(-x * x)

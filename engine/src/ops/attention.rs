@@ -236,6 +236,17 @@ mod tests {
     }
 
     #[test]
+    fn the_path_for_other_devices_agrees() {
+        let q = reference::tensor([2, 13, 12], 1);
+        let (k, v) = (reference::tensor([2, 13, 12], 2), reference::tensor([2, 13, 12], 3));
+        let shape = Shape { rows: 2, queries: 13, keys: 13, channels: 12, heads: 3 };
+        for mask in [Mask::None, Mask::Causal] {
+            let (here, there) = (attention(&q, &k, &v, 3, mask).unwrap(), on_device(&q, &k, &v, shape, mask).unwrap());
+            reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
+        }
+    }
+
+    #[test]
     fn mismatched_shapes_are_an_error_and_not_a_panic() {
         let (q, k) = (reference::tensor([1, 4, 6], 1), reference::tensor([1, 4, 8], 2));
         assert!(attention(&q, &k, &k, 2, Mask::None).is_err());

@@ -262,6 +262,20 @@ mod tests {
     }
 
     #[test]
+    fn the_path_for_other_devices_agrees() {
+        for shape in [ConvShape::same(3), ConvShape { stride: 2, padding: (0, 1) }] {
+            let (weight, bias) = (reference::tensor([6, 5, 3, 3], 1), reference::tensor([6], 2));
+            let here = Conv2d::new(&weight, Some(&bias), shape, &Device::Cpu).unwrap();
+            let there = Conv2d::new(&weight, Some(&bias), shape, &Device::Cpu).unwrap();
+            let there = Conv2d { weight, ..there };
+            let (x, per_row) = (reference::tensor([2, 6, 8, 5], 3), reference::tensor([2, 6], 4));
+            let expected = reference::values(&here.forward_add_per_row(&x, &per_row).unwrap());
+            let got = there.run_on_device(&x, Added::PerRow(&per_row)).unwrap();
+            reference::assert_close(&reference::values(&got), &expected, 1e-5);
+        }
+    }
+
+    #[test]
     fn a_map_smaller_than_the_window_is_an_error_and_not_a_panic() {
         let shape = ConvShape { stride: 1, padding: (0, 0) };
         let conv = Conv2d::new(&reference::tensor([1, 1, 3, 3], 1), None, shape, &Device::Cpu).unwrap();

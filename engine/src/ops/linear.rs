@@ -115,6 +115,15 @@ mod tests {
     }
 
     #[test]
+    fn the_path_for_other_devices_agrees() {
+        let (weight, bias) = (reference::tensor([8, 5], 1), reference::tensor([8], 2));
+        let layer = Linear::new(&weight, Some(&bias), &Device::Cpu).unwrap();
+        let (x, residual) = (reference::tensor([2, 7, 5], 3), reference::tensor([2, 7, 8], 4));
+        let (here, there) = (layer.forward_add(&x, &residual), layer.run_on_device(&x, Some(&residual)));
+        reference::assert_close(&reference::values(&there.unwrap()), &reference::values(&here.unwrap()), 1e-6);
+    }
+
+    #[test]
     fn half_precision_stays_half_and_close() {
         let (x, weight) = (reference::tensor([2, 5, 16], 1), reference::tensor([8, 16], 2));
         let exact = Linear::new(&weight, None, &Device::Cpu).unwrap().forward(&x).unwrap();

@@ -193,12 +193,15 @@ pub(super) struct LayerShape {
     pub outputs: usize,
 }
 
+/// Fills the (positions, inner) values of a row's range of positions.
+pub(super) type Gather<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) + Sync + 'a;
+
 /// Where a tile's left factor comes from.
 pub(super) enum Input<'a> {
     /// (rows, positions, inner) values as they lie.
     Dense(&'a [f32]),
-    /// Fills the (positions, inner) values of a row's range of positions.
-    Gather(&'a (dyn Fn(usize, Range<usize>, &mut [f32]) + Sync)),
+    /// Made tile by tile.
+    Gather(&'a Gather<'a>),
 }
 
 /// What is added to each output beside the product.

@@ -289,6 +289,15 @@ mod tests {
     }
 
     #[test]
+    fn the_path_for_other_devices_agrees() {
+        let (norm, x) = (group_norm(12, 3), reference::tensor([2, 5, 4, 12], 1));
+        for then in [Then::Nothing, Then::Silu] {
+            let (here, there) = (norm.run(&x, then).unwrap(), norm.run_on_device(&x, then).unwrap());
+            reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
+        }
+    }
+
+    #[test]
     fn channels_that_do_not_divide_into_groups_are_refused() {
         let ones = Tensor::ones(6, DType::F32, &Device::Cpu).unwrap();
         let error = GroupNorm::new(&ones, &ones, 4, 1e-5, &Device::Cpu).err().unwrap().to_string();

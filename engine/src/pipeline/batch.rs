@@ -12,6 +12,9 @@ use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
 /// More steps than this are a mistake: no schedule has as many noise levels.
 const MOST_STEPS: usize = 1000;
 
+/// Longer sides are a mistake too, and products of them would leave the range of sizes.
+const LARGEST_SIDE: usize = 16_384;
+
 /// Rows of one latent shape that share denoising passes and nothing else: each has its own prompts,
 /// guidance, sampler, steps and noise.
 pub struct RunningBatch {
@@ -80,8 +83,9 @@ impl RunningBatch {
         let factor = self.checkpoint.vae_factor();
         for (field, asked, of_batch) in [("width", request.width, self.width), ("height", request.height, self.height)]
         {
-            if asked == 0 || asked % factor != 0 {
-                return Err(Error::request(field, format!("a multiple of {factor} above 0"), asked));
+            if asked == 0 || asked > LARGEST_SIDE || asked % factor != 0 {
+                let limit = format!("a multiple of {factor} from {factor} to {LARGEST_SIDE}");
+                return Err(Error::request(field, limit, asked));
             }
             if asked != of_batch {
                 return Err(Error::request(field, format!("{of_batch} as in this batch"), asked));

@@ -24,7 +24,7 @@ impl Scope<'_> {
 
     /// A group norm.
     pub fn group_norm(&self, channels: usize, groups: usize, epsilon: f64) -> Result<GroupNorm> {
-        if channels % groups != 0 {
+        if !channels.is_multiple_of(groups) {
             let problem =
                 format!("`norm_num_groups` must divide the {channels} channels of {}, but is {groups}", self.prefix);
             return Err(Error::checkpoint(&self.weights.folder, problem));

@@ -17,8 +17,9 @@ fn refusal(request: &RowRequest) -> String {
 #[test]
 fn sizes_that_the_vae_cannot_make_are_refused() {
     let sized = |width, height| RowRequest { width, height, ..request("a star") };
-    assert_eq!(refusal(&sized(60, 64)), "`width` must be a multiple of 8 above 0, but is 60");
-    assert_eq!(refusal(&sized(64, 0)), "`height` must be a multiple of 8 above 0, but is 0");
+    assert_eq!(refusal(&sized(60, 64)), "`width` must be a multiple of 8 from 8 to 16384, but is 60");
+    assert_eq!(refusal(&sized(64, 0)), "`height` must be a multiple of 8 from 8 to 16384, but is 0");
+    assert!(refusal(&sized(1 << 62, 64)).starts_with("`width` must be a multiple of 8 from 8 to 16384"));
     assert_eq!(refusal(&sized(64, 72)), "`height` must be 64 as in this batch, but is 72");
 }
 
