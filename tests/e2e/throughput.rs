@@ -21,13 +21,13 @@ fn mixed_job(index: usize) -> Value {
         "prompt": format!("a {} star on a gray background", colors[kind % colors.len()]),
         "seed": kind,
         "steps": steps,
-        "guidance_scale": if kind % 3 == 0 { 1.0 } else { 4.0 },
+        "guidance_scale": if kind.is_multiple_of(3) { 1.0 } else { 4.0 },
         "sampler": sampler,
-        "lane": if index % 20 == 0 { "interactive" } else { "bulk" },
+        "lane": if index.is_multiple_of(20) { "interactive" } else { "bulk" },
     });
-    if kind % 2 == 0 {
+    if kind.is_multiple_of(2) {
         job["model"] = json!("demo");
-        job["width"] = json!(if kind % 4 == 0 { 64 } else { 96 });
+        job["width"] = json!(if kind.is_multiple_of(4) { 64 } else { 96 });
         job["height"] = json!(64);
     } else {
         job["model"] = json!("tiny");

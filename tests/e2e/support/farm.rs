@@ -140,7 +140,8 @@ fn start_role(role: &str, name: &str, environment: &[(String, String)], folder: 
 
 /// This process's variables with one of the prefixes.
 fn inherited(prefixes: &[&str]) -> Vec<(String, String)> {
-    std::env::vars().filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix))).collect()
+    let all = farm::config::Environment::of_this_process().0;
+    all.into_iter().filter(|(name, _)| prefixes.iter().any(|prefix| name.starts_with(prefix))).collect()
 }
 
 /// A port that was free a moment ago.

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 /// The binary under test, with no configuration but what `environment` says.
 pub fn kiln(environment: &[(String, String)]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kiln-under-test"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("KILN_") || name.starts_with("HF_")) {
+    let inherited = farm::config::Environment::of_this_process().0;
+    for name in inherited.keys().filter(|name| name.starts_with("KILN_") || name.starts_with("HF_")) {
         command.env_remove(name);
     }
     command.envs(environment.iter().map(|(name, value)| (name, value))).stdin(Stdio::null());

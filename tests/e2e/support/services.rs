@@ -26,10 +26,10 @@ static TURN: LazyLock<Mutex<()>> = LazyLock::new(Mutex::default);
 /// If they have not been started.
 pub async fn services() -> Services {
     let turn = TURN.lock().await;
-    let variable = |name: &str| {
-        std::env::var(name).unwrap_or_else(|_| {
-            panic!("{name} is not set: run `infra/services.sh up` and `eval \"$(infra/services.sh env)\"` first")
-        })
+    let environment = farm::config::Environment::of_this_process();
+    let variable = |name: &str| match environment.get(name) {
+        Some(value) => value.to_owned(),
+        None => panic!("{name} is not set: run `infra/services.sh up` and `eval \"$(infra/services.sh env)\"` first"),
     };
     Services {
         store_url: variable("KILN_STORE_URL"),
