@@ -49,11 +49,6 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum StreamEvent {
-    /// Where the job stands: at first, and when it changes.
-    State {
-        /// `pending`, `queued` or `leased`.
-        state: JobState,
-    },
     /// A denoiser call ended.
     Progress {
         /// Calls so far.
@@ -83,7 +78,7 @@ pub enum StreamEvent {
 /// Follow a job. A late or returning reader gets the end, too.
 ///
 /// `data: {"event":"progress","step":1,"total":20}` … `data: {"event":"complete","image":"BASE64","url":"…"}`, then
-/// `data: [DONE]`. In front and in between, `{"event":"state","state":"queued"}` says where the job stands.
+/// `data: [DONE]`. In front and in between, comments (`: state queued`) say where the job stands.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/stream", tag = "jobs", params(("id" = JobId, Path, description = "The job")),
     responses((status = 200, body = StreamEvent, content_type = "text/event-stream"), Problems)
@@ -177,7 +172,9 @@ impl Reader {
         };
         if !view.state.is_final() {
             if self.last_state.replace(view.state) != Some(view.state) {
-                self.send(&StreamEvent::State { state: view.state }).await?;
+                // A comment, since a reader waits for progress and the end alone.
+                let comment = Event::default().comment(format!("state {}", view.state.as_str()));
+                self.sender.send(Ok(comment)).await.map_err(|_closed| Over)?;
             }
             return Ok(());
         }

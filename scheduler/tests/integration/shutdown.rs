@@ -14,7 +14,7 @@ async fn an_open_stream_is_sent_away_and_does_not_hold_up_the_stop() {
     let mut farm = Farm::start().await;
     let job = farm.submit(json!({"prompt": "a"})).await;
     let mut events = Events::of(&farm, &job).await;
-    assert_eq!(events.next().await["event"], "state");
+    assert!(["pending", "queued"].contains(&events.next_state().await.as_str()));
     let begun = Instant::now();
     farm.begin_stop();
     // In order, but without `[DONE]`: the reader knows that it must come back.

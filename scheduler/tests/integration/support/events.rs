@@ -21,12 +21,22 @@ impl Events {
 
     /// The `data` of the next event; `None` once the stream has ended. Comments are skipped.
     pub async fn next_data(&mut self) -> Option<String> {
+        self.next_line("data: ").await
+    }
+
+    /// The next state on the way, told in a comment.
+    pub async fn next_state(&mut self) -> String {
+        self.next_line(": state ").await.expect("there is another state")
+    }
+
+    /// What follows `prefix` in the next block that has it; `None` once the stream has ended.
+    async fn next_line(&mut self, prefix: &str) -> Option<String> {
         loop {
             if let Some((block, rest)) = self.text.split_once("\n\n") {
-                let data = block.lines().find_map(|line| line.strip_prefix("data: ")).map(str::to_owned);
+                let line = block.lines().find_map(|line| line.strip_prefix(prefix)).map(str::to_owned);
                 self.text = rest.to_owned();
-                match data {
-                    Some(data) => return Some(data),
+                match line {
+                    Some(line) => return Some(line),
                     None => continue,
                 }
             }
@@ -38,16 +48,6 @@ impl Events {
     /// The next event.
     pub async fn next(&mut self) -> Value {
         serde_json::from_str(&self.next_data().await.expect("there is another event")).unwrap()
-    }
-
-    /// The next event that is not about a state on the way.
-    pub async fn next_beyond_states(&mut self) -> Value {
-        loop {
-            let event = self.next().await;
-            if event["event"] != "state" {
-                return event;
-            }
-        }
     }
 
     /// Asserts that the stream is over, in order.
