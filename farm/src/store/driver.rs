@@ -1,8 +1,8 @@
 //! The two databases behind one face: a statement in both dialects, and what runs it.
 //!
-//! The dialects differ where `{"for Postgres" | "for SQLite"}` stands in a [`statement!`] and nowhere
-//! else: rows are locked on Postgres, while on SQLite a writing transaction is alone anyway; lists come
-//! as one JSON parameter, which each unpacks with its own function.
+//! The dialects differ where `{"for Postgres" | "for SQLite"}` stands in a [`statement!`], in the fragments
+//! below, and nowhere else: rows are locked on Postgres, while on SQLite a writing transaction is alone
+//! anyway; lists come as one JSON parameter, which each unpacks with its own function.
 
 use std::time::Duration;
 

@@ -57,7 +57,7 @@ pub async fn migrate(url: &str) -> Result<()> {
             outcome
         }
         Address::Sqlite(options) => {
-            let mut connection = bounded(CONNECT, options.connect()).await?;
+            let mut connection = sqlite::connect(&options).await?;
             migrate_sqlite(&mut connection).await?;
             connection.close().await.map_err(from_driver)
         }
@@ -96,7 +96,7 @@ pub async fn revert(url: &str, to: i64) -> Result<()> {
             connection.close().await.map_err(from_driver)
         }
         Address::Sqlite(options) => {
-            let mut connection = bounded(CONNECT, options.connect()).await?;
+            let mut connection = sqlite::connect(&options).await?;
             SQLITE.undo(&mut connection, to).await.map_err(failed)?;
             connection.close().await.map_err(from_driver)
         }

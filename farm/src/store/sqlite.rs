@@ -4,7 +4,8 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection};
 
 use super::driver::Driver;
 use super::error::from_driver;
@@ -33,16 +34,32 @@ pub(super) fn options(url: &str) -> Result<SqliteConnectOptions> {
         .pragma("temp_store", "MEMORY"))
 }
 
-/// Opens the file, creating it and its folder if need be, and brings its schema up to date.
-pub(super) async fn open(options: SqliteConnectOptions, settings: &StoreSettings) -> Result<Driver> {
-    let in_memory = options.get_filename().to_string_lossy().contains(":memory:")
-        || options.get_filename().to_string_lossy().contains("sqlx-in-memory");
-    if !in_memory && let Some(folder) = options.get_filename().parent() {
+/// True for a database that is no file: it lives as long as its one connection.
+fn is_in_memory(options: &SqliteConnectOptions) -> bool {
+    let name = options.get_filename().to_string_lossy();
+    name.contains(":memory:") || name.contains("sqlx-in-memory")
+}
+
+/// Opens one connection, creating the file and its folder if need be.
+pub(super) async fn connect(options: &SqliteConnectOptions) -> Result<SqliteConnection> {
+    if !is_in_memory(options)
+        && let Some(folder) = options.get_filename().parent()
+    {
         tokio::fs::create_dir_all(folder)
             .await
             .map_err(|error| StoreError::Internal(format!("cannot create {}: {error}", folder.display()).into()))?;
     }
-    // A database in memory lives as long as its one connection.
+    options.connect().await.map_err(from_driver)
+}
+
+/// Opens the pools and brings the schema up to date.
+pub(super) async fn open(options: SqliteConnectOptions, settings: &StoreSettings) -> Result<Driver> {
+    let in_memory = is_in_memory(&options);
+    if !in_memory {
+        let mut connection = connect(&options).await?;
+        schema::migrate_sqlite(&mut connection).await?;
+        connection.close().await.map_err(from_driver)?;
+    }
     let writer = SqlitePoolOptions::new()
         .max_connections(1)
         .min_connections(1)
@@ -52,8 +69,8 @@ pub(super) async fn open(options: SqliteConnectOptions, settings: &StoreSettings
         .connect_with(options.clone())
         .await
         .map_err(from_driver)?;
-    schema::migrate_sqlite(&mut *writer.acquire().await.map_err(from_driver)?).await?;
     let readers = if in_memory {
+        schema::migrate_sqlite(&mut *writer.acquire().await.map_err(from_driver)?).await?;
         writer.clone()
     } else {
         SqlitePoolOptions::new()

@@ -199,3 +199,16 @@ fn on_postgres_a_restarted_server_costs_at_most_some_unavailable_answers() {
         assert!(farm.finish(&leases[0]).await);
     });
 }
+
+#[test]
+fn migrating_makes_a_file_and_its_folder() {
+    runtime().block_on(async {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("new").join("kiln.db");
+        store::migrate(&format!("sqlite:{}", file.display())).await.unwrap();
+        assert!(file.exists());
+        let blocked = format!("sqlite:{}", file.join("below-a-file").join("kiln.db").display());
+        let error = store::migrate(&blocked).await.unwrap_err().to_string();
+        assert!(error.contains("cannot create") && error.contains("below-a-file"), "{error}");
+    });
+}
