@@ -199,7 +199,9 @@ impl Bulk {
         let growth = |memory: &Memory| memory.peak - memory.at_a_tenth;
         let growths: Vec<f64> = self.rounds.iter().filter_map(|round| round.memory.as_ref()).map(growth).collect();
         if let Some(Spread { max, .. }) = Spread::of(&growths) {
-            table.note(format!("After the first tenth the memory grew by at most {max:.1} MiB."));
+            table.note(format!(
+                "After the first tenth the memory grew by at most {max:.1} MiB (an embedded store's page cache fills first)."
+            ));
         }
         table
     }

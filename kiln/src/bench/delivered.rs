@@ -8,6 +8,7 @@ use farm::spec::RenderRequest;
 use serde::Serialize;
 
 use super::alone::Alone;
+use super::journey::Journey;
 use super::machine::{self, CpuUse, Stopwatch};
 use super::site::Site;
 use super::stats::Spread;
@@ -44,6 +45,8 @@ pub struct Round {
     pub bare: Stretch,
     /// The farm.
     pub farm: Stretch,
+    /// What the farm says of its pictures.
+    pub journey: Journey,
     /// Runnable processes over the last minute, at the round's end.
     pub load_average: Option<f64>,
 }
@@ -92,8 +95,8 @@ pub async fn measure(site: &Site, jobs: u64, rounds: u32) -> Result<Delivered> {
             let first = warm_up + round * jobs;
             eprintln!("kiln: delivered ÷ bare, round {} of {rounds}", round + 1);
             let bare = bare(&alone, first, jobs).await?;
-            let farm = farm(&client, first, jobs).await?;
-            measured.push(Round { bare, farm, load_average: machine::load_average().map(|load| load[0]) });
+            let (farm, journey) = farm(&client, first, jobs).await?;
+            measured.push(Round { bare, farm, journey, load_average: machine::load_average().map(|load| load[0]) });
         }
         Ok(measured)
     };
@@ -121,7 +124,7 @@ async fn bare(alone: &Arc<Alone>, first: u64, count: u64) -> Result<Stretch> {
 }
 
 /// The seconds are those between the store's own times of acceptance and of the last job's end.
-async fn farm(client: &crate::client::Client, first: u64, count: u64) -> Result<Stretch> {
+async fn farm(client: &crate::client::Client, first: u64, count: u64) -> Result<(Stretch, Journey)> {
     let requests = (first..first + count).map(|index| jobs::request(index, DEMO));
     let body = lines(requests);
     let watch = Stopwatch::start();
@@ -129,7 +132,8 @@ async fn farm(client: &crate::client::Client, first: u64, count: u64) -> Result<
     let view = rig::all_done(client, id).await?;
     let cpu = watch.cpu();
     ensure!(view.counters.done == count, "{} jobs were done, not {count}", view.counters.done);
-    Ok(Stretch { pictures: count, seconds: rig::seconds_of(&view)?, cpu })
+    let stretch = Stretch { pictures: count, seconds: rig::seconds_of(&view)?, cpu };
+    Ok((stretch, Journey::of(client, &view).await?))
 }
 
 /// Jobs as JSON Lines.
@@ -171,6 +175,9 @@ impl Delivered {
         if let Some(Spread { median, min, max }) = self.ratio {
             table.note(format!("The median ratio is {median:.3} ({min:.3} to {max:.3}); the goal is {GOAL}."));
         }
+        if let Some(way) = way(&self.rounds) {
+            table.note(way);
+        }
         if let Some(limit) = limit(&self.rounds, cores) {
             table.note(limit);
         }
@@ -180,6 +187,26 @@ impl Delivered {
 
 fn cpu_per_picture(stretch: &Stretch) -> String {
     stretch.cpu.map_or_else(|| "?".into(), |cpu| format!("{:.3}", cpu.own / stretch.pictures as f64))
+}
+
+/// Where the farm's pictures spent their time, the middle over all rounds.
+fn way(rounds: &[Round]) -> Option<String> {
+    let middle = |part: fn(&Journey) -> f64| {
+        let samples: Vec<f64> = rounds.iter().map(|round| part(&round.journey)).collect();
+        Spread::of(&samples).map(|spread| spread.median)
+    };
+    Some(format!(
+        "The first job is claimed after {:.2} s, the last one done {:.2} s after its picture; {:.1} rows share a pass. A \
+         picture waits {:.0} ms on the device, denoises {:.0}, decodes {:.0}; beside it the PNG takes {:.1}, its upload {:.1}.",
+        middle(|journey| journey.head_seconds)?,
+        middle(|journey| journey.tail_seconds)?,
+        middle(|journey| journey.rows)?,
+        middle(|journey| journey.wait_ms)?,
+        middle(|journey| journey.denoise_ms)?,
+        middle(|journey| journey.decode_ms)?,
+        middle(|journey| journey.encode_ms)?,
+        middle(|journey| journey.upload_ms)?,
+    ))
 }
 
 /// What the farm is limited by, as far as processor time tells.
@@ -220,12 +247,23 @@ fn limit(rounds: &[Round], cores: usize) -> Option<String> {
 mod tests {
     use super::*;
 
+    const JOURNEY: Journey = Journey {
+        head_seconds: 0.05,
+        tail_seconds: 0.02,
+        rows: 7.5,
+        wait_ms: 900.0,
+        denoise_ms: 800.0,
+        decode_ms: 70.0,
+        encode_ms: 1.5,
+        upload_ms: 0.5,
+    };
+
     fn stretch(seconds: f64, own: f64, machine: f64) -> Stretch {
         Stretch { pictures: 10, seconds, cpu: Some(CpuUse { own, machine }) }
     }
 
     fn delivered(bare: Stretch, farm: Stretch) -> Delivered {
-        let rounds = vec![Round { bare, farm, load_average: Some(1.0) }];
+        let rounds = vec![Round { bare, farm, journey: JOURNEY, load_average: Some(1.0) }];
         let ratio = Spread::of(&[rounds[0].ratio()]);
         Delivered { jobs: 10, max_batch: 8, device: "cpu (2 threads)".into(), dtype: "f32", ratio, rounds }
     }
@@ -236,6 +274,12 @@ mod tests {
         assert_eq!(delivered.ratio.unwrap().median, 0.8);
         let text = delivered.table(2).to_string();
         assert!(text.contains("1.250") && text.contains("1.000") && text.contains("0.800"), "{text}");
+    }
+
+    #[test]
+    fn the_way_of_the_pictures_is_told() {
+        let text = delivered(stretch(8.0, 16.0, 16.0), stretch(10.0, 18.0, 20.0)).table(2).to_string();
+        assert!(text.contains("claimed after 0.05 s") && text.contains("7.5 rows share a pass"), "{text}");
     }
 
     #[test]
@@ -253,7 +297,7 @@ mod tests {
     #[test]
     fn without_processor_times_no_limit_is_named() {
         let unknown = Stretch { pictures: 1, seconds: 1.0, cpu: None };
-        assert_eq!(limit(&[Round { bare: unknown, farm: unknown, load_average: None }], 2), None);
+        assert_eq!(limit(&[Round { bare: unknown, farm: unknown, journey: JOURNEY, load_average: None }], 2), None);
     }
 
     #[test]

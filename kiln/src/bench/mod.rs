@@ -11,6 +11,7 @@ mod farm;
 
 mod bulk;
 mod delivered;
+mod journey;
 mod loads;
 mod poll;
 

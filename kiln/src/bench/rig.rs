@@ -20,7 +20,7 @@ use crate::embedded;
 use crate::ports::Ports;
 
 /// Between two looks at a submission; no figure depends on it.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How long workers may take to report what they have just done.
 const REPORT_PATIENCE: Duration = Duration::from_secs(20);
