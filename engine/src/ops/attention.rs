@@ -2,10 +2,9 @@
 
 use candle_core::{D, DType, Tensor};
 use pulp::Arch;
-use rayon::prelude::*;
 
 use super::activation::exp;
-use super::matmul::{Matrix, Onto, Shared, Target, product, with_scratch};
+use super::matmul::{Matrix, Onto, Shared, Target, product, run_tasks, with_scratch};
 use super::norm::lane_sum;
 use super::{host, misuse};
 use crate::Result;
@@ -77,7 +76,7 @@ fn on_host(query: &Tensor, key: &Tensor, value: &Tensor, shape: Shape, mask: Mas
     let blocks = queries.div_ceil(block);
     let mut output = host::zeros(rows * queries * channels)?;
     let shared = Shared::new(&mut output);
-    (0..rows * heads * blocks).into_par_iter().for_each(|index| {
+    run_tasks(rows * heads * blocks, 2 * rows * queries * keys * channels, |index| {
         let (row, head, first) = (index / (heads * blocks), index / blocks % heads, index % blocks * block);
         let count = block.min(queries - first);
         let of_head = |values, position: usize, count| {

@@ -37,7 +37,8 @@ pub(crate) fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Resul
     let x32 = host::values(&x32)?;
     let mut output = host::zeros(rows * height * width * channels)?;
     let columns: Vec<usize> = (0..width).map(|column| nearest(column, from_width, width)).collect();
-    output.par_chunks_mut(width * channels).enumerate().for_each(|(line, output)| {
+    let lines_per_task = (32 * 1024 / (width * channels).max(1)).max(1);
+    output.par_chunks_mut(width * channels).with_min_len(lines_per_task).enumerate().for_each(|(line, output)| {
         let (row, y) = (line / height, nearest(line % height, from_height, height));
         let start = (row * from_height + y) * from_width * channels;
         let input = &x32[start..start + from_width * channels];

@@ -158,6 +158,19 @@ pub(super) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) ->
     })
 }
 
+/// Multiply-adds below which another thread costs more than it brings.
+const SMALL: usize = 1 << 20;
+
+/// Runs `count` independent tasks of `work` multiply-adds in all, on several threads where that pays.
+/// What they compute cannot depend on which.
+pub(super) fn run_tasks(count: usize, work: usize, task: impl Fn(usize) + Send + Sync) {
+    if work < SMALL {
+        (0..count).for_each(task);
+    } else {
+        (0..count).into_par_iter().for_each(task);
+    }
+}
+
 /// A checkpoint's weight (outputs, inputs, taps) as the right factor of [`layer`]: (taps · inputs,
 /// outputs), so that neighbouring outputs lie side by side.
 pub(super) fn pack(weight: &[f32], outputs: usize, inputs: usize, taps: usize) -> Result<Vec<f32>> {
@@ -219,8 +232,6 @@ pub(super) struct Addends<'a> {
 fn tile(shape: LayerShape) -> (usize, usize) {
     /// Values of the left factor that stay in a core's second-level cache.
     const LEFT_VALUES: usize = 128 * 1024;
-    /// Multiply-adds below which another task costs more than it brings.
-    const SMALL: usize = 1 << 20;
     /// Tasks of a row that keep a few cores busy.
     const TASKS: usize = 4;
     let LayerShape { positions, inner, outputs, .. } = shape;
@@ -249,7 +260,7 @@ pub(super) fn layer(output: &mut [f32], shape: LayerShape, input: Input<'_>, wei
     let (tile_positions, tile_outputs) = tile(shape);
     let (tiles_down, tiles_across) = (positions.div_ceil(tile_positions), outputs.div_ceil(tile_outputs));
     let output = Shared::new(output);
-    (0..rows * tiles_down * tiles_across).into_par_iter().for_each(|index| {
+    run_tasks(rows * tiles_down * tiles_across, rows * positions * inner * outputs, |index| {
         let row = index / (tiles_down * tiles_across);
         let first = index / tiles_across % tiles_down * tile_positions;
         let range = first..positions.min(first + tile_positions);

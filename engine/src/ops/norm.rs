@@ -8,8 +8,13 @@ use super::activation::silu_of;
 use super::{host, layout, misuse};
 use crate::Result;
 
-/// Pixels or tokens that one task works through.
+/// Pixels or tokens that are summed together.
 const BLOCK: usize = 64;
+
+/// Blocks that are worth a task of their own, together.
+fn blocks_per_task(channels: usize) -> usize {
+    (32 * 1024 / (BLOCK * channels)).max(1)
+}
 
 /// What follows a group norm.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,7 +81,7 @@ impl GroupNorm {
             .enumerate()
             .flat_map(|(row, chunk)| chunk.chunks_mut(block).map(move |part| (row, part)))
             .collect();
-        tasks.into_par_iter().enumerate().for_each(|(index, (row, output))| {
+        tasks.into_par_iter().with_min_len(blocks_per_task(channels)).enumerate().for_each(|(index, (row, output))| {
             let start = row * row_len + index % blocks * block;
             let input = &x32[start..start + output.len()];
             let (means, scales) = (&means[row * channels..][..channels], &scales[row * channels..][..channels]);
@@ -129,7 +134,7 @@ fn channel_sums(
     let blocks = row_len.div_ceil(block);
     let rows = x.len() / row_len;
     let mut partial = vec![0f32; rows * blocks * channels];
-    partial.par_chunks_mut(channels).enumerate().for_each(|(index, sums)| {
+    partial.par_chunks_mut(channels).with_min_len(blocks_per_task(channels)).enumerate().for_each(|(index, sums)| {
         let (row, first) = (index / blocks, index % blocks * block);
         let input = &x[row * row_len + first..row * row_len + row_len.min(first + block)];
         let offsets = &offsets[row * channels..][..channels];
@@ -178,7 +183,8 @@ impl LayerNorm {
         let (x32, weight, bias) = (host::values(&x32)?, host::values(&weight)?, host::values(&bias)?);
         let mut output = host::zeros(x32.len())?;
         let (count, epsilon) = (channels as f32, self.epsilon as f32);
-        output.par_chunks_mut(BLOCK * channels).zip(x32.par_chunks(BLOCK * channels)).for_each(|(output, input)| {
+        let blocks = output.par_chunks_mut(BLOCK * channels).zip(x32.par_chunks(BLOCK * channels));
+        blocks.with_min_len(blocks_per_task(channels)).for_each(|(output, input)| {
             Arch::new().dispatch(|| {
                 for (output, input) in output.chunks_exact_mut(channels).zip(input.chunks_exact(channels)) {
                     let mean = lane_sum(input, |value| value) / count;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::checkpoint::ModelRow;
 use crate::guidance::{guide, is_guided};
 use crate::noise::NoiseSource;
 use crate::sampler::{self, Sampler};
@@ -173,31 +174,26 @@ impl RunningBatch {
 
     /// One pass of the denoiser over these rows, and what guidance makes of it: one output per row.
     fn denoise(&self, places: &[usize]) -> Result<Vec<Vec<f32>>> {
-        let (channels, height, width) = self.latent_shape();
-        let values = channels * height * width;
-        let (mut samples, mut timesteps, mut embeddings) = (Vec::new(), Vec::new(), Vec::new());
+        let mut model_rows = Vec::with_capacity(2 * places.len());
         for row in places.iter().map(|place| &self.rows[*place]) {
-            let scaled = row.sampler.scale_model_input(row.call, &row.latent);
+            let sample: Arc<[f32]> = row.sampler.scale_model_input(row.call, &row.latent).into();
             let timestep = row.sampler.timesteps()[row.call];
             for embedding in row.negative.iter().chain([&row.positive]) {
-                samples.extend_from_slice(&scaled);
-                timesteps.push(timestep);
-                embeddings.push(embedding.clone());
+                model_rows.push(ModelRow { sample: Arc::clone(&sample), timestep, embedding: embedding.clone() });
             }
         }
-        let predicted = self.checkpoint.denoise(samples, (channels, height, width), &timesteps, &embeddings)?;
-        let mut predicted = predicted.chunks_exact(values);
+        let mut predicted = self.checkpoint.denoise(&model_rows, self.latent_shape())?.into_iter();
         let mut outputs = Vec::with_capacity(places.len());
         for row in places.iter().map(|place| &self.rows[*place]) {
             let mut next = || predicted.next().unwrap_or_default();
             let output = match row.negative {
                 Some(_) => {
                     let (negative, positive) = (next(), next());
-                    guide(negative, positive, row.guidance_scale)
+                    guide(&negative, &positive, row.guidance_scale)
                 }
-                None => next().to_vec(),
+                None => next(),
             };
-            if output.len() != values || !output.iter().all(|value| value.is_finite()) {
+            if output.len() != row.latent.len() || !output.iter().all(|value| value.is_finite()) {
                 return Err(Error::NotFinite { row: row.id });
             }
             outputs.push(output);

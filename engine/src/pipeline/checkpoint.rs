@@ -1,7 +1,7 @@
 //! A loaded checkpoint: tokenizer, text encoder, denoiser, VAE, and what its scheduler file says.
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Tensor};
 use image::RgbImage;
@@ -24,6 +24,15 @@ const DECODED_PIXELS: usize = 512 * 512;
 /// Pipelines whose folders hold the parts that are read here.
 const PIPELINES: [&str; 3] =
     ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"];
+
+/// One line of a denoiser pass: a row with guidance makes two.
+pub(super) struct ModelRow {
+    /// What the sampler shows the denoiser: a latent on the host.
+    pub sample: Arc<[f32]>,
+    pub timestep: f32,
+    /// (1, tokens, width)
+    pub embedding: Tensor,
+}
 
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that
 /// use it.
@@ -111,13 +120,13 @@ impl Checkpoint {
         for alike in latents.chunk_by(|a, b| (a.height, a.width) == (b.height, b.width)) {
             let pixels = alike[0].height * alike[0].width * self.vae_factor().pow(2);
             for group in alike.chunks((DECODED_PIXELS / pixels.max(1)).max(1)) {
-                pictures.extend(self.device.run(|| self.decode_group(group))?);
+                pictures.extend(self.device.run(|| self.decode_rows(group))?);
             }
         }
         Ok(pictures)
     }
 
-    fn decode_group(&self, latents: &[Latent]) -> Result<Vec<RgbImage>> {
+    fn decode_rows(&self, latents: &[Latent]) -> Result<Vec<RgbImage>> {
         let scale = self.vae.config.scaling_factor as f32;
         let values: Vec<f32> =
             latents.iter().flat_map(|latent| latent.values.iter().map(|value| value / scale)).collect();
@@ -144,22 +153,20 @@ impl Checkpoint {
         Ok(embedding)
     }
 
-    /// One denoiser call over `samples` (model rows × latent values on the host), with one timestep
-    /// and one embedding for each model row. `shape` is one latent's (channels, height, width).
-    pub(super) fn denoise(
-        &self,
-        samples: Vec<f32>,
-        shape: (usize, usize, usize),
-        timesteps: &[f32],
-        embeddings: &[Tensor],
-    ) -> Result<Vec<f32>> {
-        self.device.run(|| {
-            let (channels, height, width) = shape;
-            let sample = Tensor::from_vec(samples, (timesteps.len(), channels, height, width), self.device.tensors())?;
-            let context = Tensor::cat(embeddings, 0)?;
-            let output = self.unet.forward(&sample, timesteps, &context)?;
-            Ok(output.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
-        })
+    /// One denoiser call over these model rows; `shape` is one latent's (channels, height, width). One
+    /// output per row, on the host.
+    pub(super) fn denoise(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
+        self.device.run(|| self.denoise_rows(rows, shape))
+    }
+
+    fn denoise_rows(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
+        let (channels, height, width) = shape;
+        let samples: Vec<f32> = rows.iter().flat_map(|row| row.sample.iter().copied()).collect();
+        let sample = Tensor::from_vec(samples, (rows.len(), channels, height, width), self.device.tensors())?;
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep).collect();
+        let embeddings: Vec<&Tensor> = rows.iter().map(|row| &row.embedding).collect();
+        let output = self.unet.forward(&sample, &timesteps, &Tensor::cat(&embeddings, 0)?)?;
+        Ok(output.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2()?)
     }
 
     /// Channels of a latent.
