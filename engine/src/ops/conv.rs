@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
+use super::layer::{Addends, Input, LayerShape, layer, pack};
 use super::layout::{channels_first, channels_last};
-use super::matmul::{Addends, Input, LayerShape, layer, pack};
 use super::{host, layout, misuse};
 use crate::Result;
 

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::matmul::{Addends, Input, LayerShape, layer, pack};
+use super::layer::{Addends, Input, LayerShape, layer, pack};
 use super::{host, misuse};
 use crate::Result;
 

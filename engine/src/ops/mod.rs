@@ -19,6 +19,7 @@ mod activation;
 mod layout;
 
 mod host;
+mod layer;
 mod matmul;
 #[cfg(test)]
 mod reference;
