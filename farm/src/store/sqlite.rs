@@ -76,7 +76,8 @@ pub(super) async fn open(options: SqliteConnectOptions, settings: &StoreSettings
         SqlitePoolOptions::new()
             .max_connections(settings.connections.max(1))
             .acquire_timeout(ACQUIRE_READER)
-            .connect_lazy_with(options.pragma("query_only", "ON"))
+            // There may be many readers, and the system caches the file for all of them.
+            .connect_lazy_with(options.pragma("query_only", "ON").pragma("cache_size", "-4096"))
     };
     Ok(Driver::Sqlite { writer, readers })
 }
