@@ -99,8 +99,7 @@ async fn submit_waits_through_a_restart_of_the_scheduler_and_fetch_brings_every_
     let mut farm = Farm::start(services().await, 1).await;
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = jobs_file(folder.path(), 150);
-    let api = farm.environment.iter().find(|(name, _)| name == "KILN_API_LISTEN").expect("set").1.clone();
-    let api = format!("http://{api}");
+    let api = farm.client.base().to_owned();
 
     let log = folder.path().join("submit.log");
     let mut command = kiln(&farm.environment);
@@ -141,9 +140,8 @@ async fn a_stream_with_a_bad_line_is_rejected_whole() {
     let mut lines: Vec<&str> = text.lines().collect();
     lines[48_212] = r#"{"prompt": "a ring", "steps": }"#;
     std::fs::write(&file, lines.join("\n")).expect("the file can be written");
-    let api = farm.environment.iter().find(|(name, _)| name == "KILN_API_LISTEN").expect("set").1.clone();
     let mut command = kiln(&farm.environment);
-    command.args(["submit", "--api", &format!("http://{api}")]).arg(&file);
+    command.args(["submit", "--api", farm.client.base()]).arg(&file);
     let complaint = tokio::task::spawn_blocking(move || complain(&mut command)).await.expect("submit ends");
     assert!(complaint.contains("48213") || complaint.contains("48,213"), "the line is named: {complaint}");
     let page = farm.client.get("/v1/submissions").await;

@@ -28,5 +28,5 @@ mod run;
 mod settle;
 mod subscription;
 
-pub use renderer::{EngineRenderer, RenderError, Renderer, RowBatch, Stepped, row_request};
+pub use renderer::{EngineRenderer, RenderError, Renderer, RowBatch, Stepped, open_device, row_request};
 pub use run::{Worker, WorkerSummary, run, run_with};

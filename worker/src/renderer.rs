@@ -108,6 +108,23 @@ pub trait RowBatch {
     fn step(&mut self, rows: &[RowId]) -> Result<Vec<Stepped<Self::Latent>>, RenderError>;
 }
 
+/// Opens the configured device, else the best there is, with the number format to render in.
+///
+/// # Errors
+/// If there is no such device or format, or this build cannot use it.
+pub fn open_device(config: &WorkerConfig) -> anyhow::Result<(Device, Precision)> {
+    let choice = match &config.device {
+        Some(word) => word.parse().context("worker.device")?,
+        None => DeviceChoice::best(),
+    };
+    let device = Device::open(choice).with_context(|| format!("opening device {choice}"))?;
+    let precision = match &config.dtype {
+        Some(word) => word.parse().context("worker.dtype")?,
+        None => Precision::default_for(&device),
+    };
+    Ok((device, precision))
+}
+
 /// The engine on one device.
 pub struct EngineRenderer {
     device: Device,
@@ -121,15 +138,7 @@ impl EngineRenderer {
     /// # Errors
     /// If there is no such device or this build cannot use it.
     pub fn open(config: &WorkerConfig) -> anyhow::Result<Self> {
-        let choice = match &config.device {
-            Some(word) => word.parse().context("worker.device")?,
-            None => DeviceChoice::best(),
-        };
-        let device = Device::open(choice).with_context(|| format!("opening device {choice}"))?;
-        let precision = match &config.dtype {
-            Some(word) => word.parse().context("worker.dtype")?,
-            None => Precision::default_for(&device),
-        };
+        let (device, precision) = open_device(config)?;
         Ok(Self { device, precision, checkpoint: None })
     }
 

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use engine::{Checkpoint, Device, DeviceChoice, Latent, Precision, RowId, RunningBatch};
+use anyhow::Result;
+use engine::{Checkpoint, Latent, Precision, RowId, RunningBatch};
 use farm::config::WorkerConfig;
 
 use super::jobs;
@@ -20,15 +20,7 @@ pub struct Alone {
 impl Alone {
     /// Loads the checkpoint in `folder` on the device and in the number format that a worker would choose.
     pub fn load(folder: &Path, config: &WorkerConfig) -> Result<Self> {
-        let choice = match &config.device {
-            Some(word) => word.parse().context("worker.device")?,
-            None => DeviceChoice::best(),
-        };
-        let device = Device::open(choice).with_context(|| format!("opening device {choice}"))?;
-        let precision = match &config.dtype {
-            Some(word) => word.parse().context("worker.dtype")?,
-            None => Precision::default_for(&device),
-        };
+        let (device, precision) = worker::open_device(config)?;
         let checkpoint = Checkpoint::load(folder, &device, precision)?;
         Ok(Self {
             checkpoint: Arc::new(checkpoint),

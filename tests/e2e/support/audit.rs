@@ -1,11 +1,11 @@
 //! What must hold when the dust has settled, whatever went wrong before.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
 use farm::artifact::SharedArtifacts;
-use farm::config::{ArtifactsConfig, Secret};
+use farm::config::Environment;
 use farm::job::Lane;
 use farm::message::QueueKey;
 use sqlx::Row;
@@ -63,17 +63,11 @@ async fn one_object_each(farm: &Farm, submission: &str, keys: BTreeSet<String>) 
     assert_eq!(sidecars.len(), jobs, "one sidecar each");
 }
 
+/// As the farm's own processes open it.
 fn open_artifacts(farm: &Farm) -> SharedArtifacts {
-    let settings: BTreeMap<_, _> = farm.environment.iter().cloned().collect();
-    let config = ArtifactsConfig {
-        url: farm.artifacts_url.clone(),
-        endpoint: settings.get("KILN_ARTIFACTS_ENDPOINT").cloned(),
-        region: settings.get("KILN_ARTIFACTS_REGION").cloned().unwrap_or_else(|| "us-east-1".into()),
-        access_key_id: settings.get("KILN_ARTIFACTS_ACCESS_KEY_ID").cloned(),
-        secret_access_key: settings.get("KILN_ARTIFACTS_SECRET_ACCESS_KEY").cloned().map(Secret),
-        ..ArtifactsConfig::default()
-    };
-    farm::artifact::open(&config, Path::new("unused")).expect("the bucket can be opened")
+    let environment = Environment(farm.environment.iter().cloned().collect());
+    let loaded = farm::config::load(None, &environment).expect("the farm's processes read the same variables");
+    farm::artifact::open(&loaded.config.artifacts, Path::new("unused")).expect("the bucket can be opened")
 }
 
 async fn queues_are_empty(farm: &Farm) {

@@ -21,6 +21,11 @@ impl Client {
         Self { base, http }
     }
 
+    /// The scheduler's address.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
     /// GET as JSON; `None` while nobody answers.
     pub async fn try_get(&self, path: &str) -> Option<(StatusCode, Value)> {
         let response = self.http.get(format!("{}{path}", self.base)).send().await.ok()?;

@@ -23,8 +23,6 @@ pub struct Farm {
     pub store_url: String,
     /// Prefix of this farm's queues.
     pub prefix: String,
-    /// This farm's objects.
-    pub artifacts_url: String,
     /// What every process of this farm is started with.
     pub environment: Vec<(String, String)>,
     /// The servers.
@@ -52,7 +50,7 @@ impl Farm {
             ("KILN_STORE_URL", store_url.clone()),
             ("KILN_BROKER_URL", services.broker_url.clone()),
             ("KILN_BROKER_PREFIX", prefix.clone()),
-            ("KILN_ARTIFACTS_URL", artifacts_url.clone()),
+            ("KILN_ARTIFACTS_URL", artifacts_url),
             ("KILN_API_LISTEN", format!("127.0.0.1:{port}")),
             ("KILN_DATA_DIR", folder.path().display().to_string()),
             ("KILN_MODELS", format!("tiny={}", tiny_checkpoint().display())),
@@ -72,17 +70,8 @@ impl Farm {
         }
         let scheduler = start_role("scheduler", "scheduler", &environment, &folder);
         let client = Client::new(format!("http://127.0.0.1:{port}"));
-        let mut farm = Self {
-            client,
-            scheduler,
-            workers: Vec::new(),
-            store_url,
-            prefix,
-            artifacts_url,
-            environment,
-            services,
-            folder,
-        };
+        let mut farm =
+            Self { client, scheduler, workers: Vec::new(), store_url, prefix, environment, services, folder };
         farm.wait_until_ready().await;
         for _ in 0..workers {
             farm.add_worker();
