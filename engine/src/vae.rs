@@ -5,12 +5,11 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
 use crate::config::ConfigFile;
 use crate::denoiser::{ResnetBlock, ResnetShape};
-use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Linear, Mask};
+use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Linear, Mask, Place, Tensor, UpsampleConv};
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
@@ -66,7 +65,7 @@ impl VaeConfig {
 /// Decodes latents.
 pub(crate) struct Vae {
     pub config: VaeConfig,
-    dtype: DType,
+    place: Place,
     post_quant_conv: Option<Conv2d>,
     conv_in: Conv2d,
     mid_block: MidBlock,
@@ -78,12 +77,12 @@ pub(crate) struct Vae {
 
 impl Vae {
     /// Loads the decoder of a `vae` folder; the encoder's tensors are left on disk.
-    pub fn load(folder: &Path, device: &Device, dtype: DType) -> Result<Self> {
+    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
         let file = ConfigFile::read(&folder.join("config.json"))?;
         let config = VaeConfig::read(&file)?;
         // f16 cannot hold the activations of decoders that say so.
-        let dtype = if config.force_upcast { DType::F32 } else { dtype };
-        let weights = Weights::open(folder, "diffusion_pytorch_model", device, dtype)?;
+        let place = if config.force_upcast { &place.in_f32() } else { place };
+        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
         let (root, decoder) = (weights.root(), weights.root().at("decoder"));
         let latent = config.latent_channels;
         let levels = config.channels.len();
@@ -94,7 +93,7 @@ impl Vae {
             None
         };
         let vae = Self {
-            dtype,
+            place: place.clone(),
             post_quant_conv,
             conv_in: decoder.at("conv_in").conv2d(latent, inner, 3, ConvShape::same(3))?,
             mid_block: MidBlock::load(&decoder.at("mid_block"), &config, inner)?,
@@ -115,10 +114,10 @@ impl Vae {
         Ok(vae)
     }
 
-    /// `latents` (rows, channels, height, width), divided by the scaling factor, → pictures (rows,
-    /// height × factor, width × factor, 3) in `f32`, about -1 to 1.
-    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut x = ops::channels_last(latents)?.to_dtype(self.dtype)?;
+    /// `latents`, (rows, channels, height, width) values in `dims`, divided by the scaling factor →
+    /// pictures (rows, height × factor, width × factor, 3), about -1 to 1.
+    pub fn decode(&self, latents: &[f32], dims: [usize; 4]) -> Result<Tensor> {
+        let mut x = ops::feature_map(latents, dims, &self.place)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }
@@ -126,8 +125,7 @@ impl Vae {
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
-        let x = self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?;
-        Ok(x.to_dtype(DType::F32)?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)
     }
 }
 
@@ -191,17 +189,17 @@ impl PixelAttention {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, height, width, channels) = x.dims4()?;
-        let flat = (rows, height * width, channels);
-        let normal = self.group_norm.forward(x)?.reshape(flat)?;
+        let flat = [rows, height * width, channels];
+        let normal = self.group_norm.forward(x)?.reshape(&flat)?;
         let (q, k, v) = (self.to_q.forward(&normal)?, self.to_k.forward(&normal)?, self.to_v.forward(&normal)?);
         let hidden = ops::attention(&q, &k, &v, 1, Mask::None)?;
-        Ok(self.to_out.forward_add(&hidden, &x.reshape(flat)?)?.reshape(x.shape())?)
+        self.to_out.forward_add(&hidden, &x.reshape(&flat)?)?.reshape(x.dims())
     }
 }
 
 struct UpBlock {
     resnets: Vec<ResnetBlock>,
-    upsampler: Option<Conv2d>,
+    upsampler: Option<UpsampleConv>,
 }
 
 impl UpBlock {
@@ -214,11 +212,8 @@ impl UpBlock {
             resnet(&scope.at("resnets").at(layer), config, inputs, channels)
         });
         let resnets = resnets.collect::<Result<_>>()?;
-        let upsampler = if index == 0 {
-            None
-        } else {
-            Some(scope.at("upsamplers.0.conv").conv2d(channels, channels, 3, ConvShape::same(3))?)
-        };
+        let upsampler =
+            if index == 0 { None } else { Some(scope.at("upsamplers.0.conv").upsample_conv(channels, channels)?) };
         Ok(Self { resnets, upsampler })
     }
 
@@ -229,7 +224,7 @@ impl UpBlock {
         }
         if let Some(upsampler) = &self.upsampler {
             let (_, height, width, _) = x.dims4()?;
-            x = upsampler.forward(&ops::upsample_nearest(&x, 2 * height, 2 * width)?)?;
+            x = upsampler.forward(&x, 2 * height, 2 * width)?;
         }
         Ok(x)
     }

@@ -2,13 +2,11 @@
 //!
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/unets/unet_2d_blocks.py>
 
-use candle_core::Tensor;
-
 use super::config::{Level, Middle, UNetConfig};
 use super::resnet::{ResnetBlock, ResnetShape};
 use super::transformer::SpatialTransformer;
 use crate::Result;
-use crate::ops::{self, Conv2d, ConvShape};
+use crate::ops::{self, Conv2d, ConvShape, Tensor, UpsampleConv};
 use crate::weights::Scope;
 
 /// What every block of a pass is told.
@@ -117,7 +115,7 @@ impl MidBlock {
 pub(super) struct UpBlock {
     resnets: Vec<ResnetBlock>,
     attentions: Vec<SpatialTransformer>,
-    upsampler: Option<Conv2d>,
+    upsampler: Option<UpsampleConv>,
 }
 
 impl UpBlock {
@@ -137,7 +135,7 @@ impl UpBlock {
         let upsampler = if index == 0 {
             None
         } else {
-            Some(scope.at("upsamplers.0.conv").conv2d(level.channels, level.channels, 3, ConvShape::same(3))?)
+            Some(scope.at("upsamplers.0.conv").upsample_conv(level.channels, level.channels)?)
         };
         let attending = if level.up_attends { count } else { 0 };
         Ok(Self { resnets, attentions: attentions(scope, config, level, attending)?, upsampler })
@@ -158,7 +156,7 @@ impl UpBlock {
         }
         if let (Some(upsampler), Some(next)) = (&self.upsampler, skips.last()) {
             let (_, height, width, _) = next.dims4()?;
-            x = upsampler.forward(&ops::upsample_nearest(&x, height, width)?)?;
+            x = upsampler.forward(&x, height, width)?;
         }
         Ok(x)
     }

@@ -3,10 +3,8 @@
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/resnet.py>
 //! (`ResnetBlock2D`).
 
-use candle_core::Tensor;
-
 use crate::Result;
-use crate::ops::{Conv2d, ConvShape, GroupNorm, Linear};
+use crate::ops::{Conv2d, ConvShape, GroupNorm, Linear, Tensor};
 use crate::weights::Scope;
 
 /// A block's dimensions.

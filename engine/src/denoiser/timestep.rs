@@ -3,11 +3,9 @@
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/embeddings.py>
 //! (`get_timestep_embedding`, `TimestepEmbedding`).
 
-use candle_core::Tensor;
-
 use super::config::UNetConfig;
 use crate::Result;
-use crate::ops::{self, Linear};
+use crate::ops::{Activation, Linear, Place, Tensor};
 use crate::weights::Scope;
 
 /// Sinusoids of a timestep, then two linear layers.
@@ -23,7 +21,7 @@ impl TimestepEmbedding {
     pub fn load(scope: &Scope<'_>, config: &UNetConfig) -> Result<Self> {
         let width = config.levels[0].channels;
         Ok(Self {
-            linear_1: scope.at("linear_1").linear(width, config.time_width)?,
+            linear_1: scope.at("linear_1").linear_then(width, config.time_width, Activation::Silu)?,
             linear_2: scope.at("linear_2").linear(config.time_width, config.time_width)?,
             width,
             flip_sin_to_cos: config.flip_sin_to_cos,
@@ -32,14 +30,14 @@ impl TimestepEmbedding {
     }
 
     /// One timestep per row → (rows, time width).
-    pub fn forward(&self, timesteps: &[f32], like: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, timesteps: &[f32], place: &Place) -> Result<Tensor> {
         let waves: Vec<f32> = timesteps
             .iter()
             .flat_map(|timestep| sinusoid(*timestep, self.width, self.flip_sin_to_cos, self.freq_shift))
             .collect();
         // Computed in f32 whatever the model's format: half precision cannot tell steps apart.
-        let waves = Tensor::from_vec(waves, (timesteps.len(), self.width), like.device())?.to_dtype(like.dtype())?;
-        self.linear_2.forward(&ops::silu(&self.linear_1.forward(&waves)?)?)
+        let waves = Tensor::new(&waves, &[timesteps.len(), self.width], place)?;
+        self.linear_2.forward(&self.linear_1.forward(&waves)?)
     }
 }
 

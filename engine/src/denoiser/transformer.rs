@@ -3,11 +3,9 @@
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/transformers/transformer_2d.py>
 //! and `models/attention.py` (`BasicTransformerBlock`).
 
-use candle_core::Tensor;
-
 use super::config::Level;
 use crate::Result;
-use crate::ops::{self, GroupNorm, LayerNorm, Linear, Mask};
+use crate::ops::{self, Activation, GroupNorm, LayerNorm, Linear, Mask, Tensor};
 use crate::weights::Scope;
 
 /// Transformer2DModel's own, whatever `norm_eps` says.
@@ -40,13 +38,13 @@ impl SpatialTransformer {
     /// (rows, height, width, channels), with `context` (rows, tokens, context width).
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
         let (rows, height, width, channels) = x.dims4()?;
-        let pixels = x.reshape((rows, height * width, channels))?;
-        let normal = self.norm.forward(x)?.reshape((rows, height * width, channels))?;
+        let pixels = x.reshape(&[rows, height * width, channels])?;
+        let normal = self.norm.forward(x)?.reshape(&[rows, height * width, channels])?;
         let mut hidden = self.proj_in.forward(&normal)?;
         for block in &self.transformer_blocks {
             hidden = block.forward(&hidden, context)?;
         }
-        Ok(self.proj_out.forward_add(&hidden, &pixels)?.reshape((rows, height, width, channels))?)
+        self.proj_out.forward_add(&hidden, &pixels)?.reshape(x.dims())
     }
 }
 
@@ -71,7 +69,7 @@ impl TransformerBlock {
             norm2: scope.at("norm2").layer_norm(channels, LAYER_NORM_EPSILON)?,
             attn2: Attention::load(&scope.at("attn2"), level, level.context)?,
             norm3: scope.at("norm3").layer_norm(channels, LAYER_NORM_EPSILON)?,
-            ff_in: scope.at("ff.net.0.proj").linear(channels, 8 * channels)?,
+            ff_in: scope.at("ff.net.0.proj").linear_then(channels, 8 * channels, Activation::Gate)?,
             ff_out: scope.at("ff.net.2").linear(4 * channels, channels)?,
             only_cross_attention: level.only_cross_attention,
         })
@@ -81,7 +79,7 @@ impl TransformerBlock {
         let normal = self.norm1.forward(x)?;
         let x = self.attn1.forward(&normal, if self.only_cross_attention { context } else { &normal }, x)?;
         let x = self.attn2.forward(&self.norm2.forward(&x)?, context, &x)?;
-        let inner = ops::geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?)?;
+        let inner = self.ff_in.forward(&self.norm3.forward(&x)?)?;
         self.ff_out.forward_add(&inner, &x)
     }
 }

@@ -4,20 +4,18 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
-
 use super::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
 use super::config::UNetConfig;
 use super::timestep::TimestepEmbedding;
 use crate::Result;
 use crate::config::ConfigFile;
-use crate::ops::{self, Conv2d, ConvShape, GroupNorm};
+use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Place, Tensor};
 use crate::weights::Weights;
 
 /// A denoiser that takes one timestep per row.
 pub(crate) struct UNet {
     pub config: UNetConfig,
-    dtype: DType,
+    place: Place,
     conv_in: Conv2d,
     time_embedding: TimestepEmbedding,
     down_blocks: Vec<DownBlock>,
@@ -30,14 +28,14 @@ pub(crate) struct UNet {
 
 impl UNet {
     /// Loads a `unet` folder.
-    pub fn load(folder: &Path, device: &Device, dtype: DType) -> Result<Self> {
+    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
         let config = UNetConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
         let root = weights.root();
         let (levels, outer) = (config.levels.len(), config.levels[0].channels);
         let same = ConvShape::same;
         let unet = Self {
-            dtype,
+            place: place.clone(),
             conv_in: root.at("conv_in").conv2d(
                 config.in_channels,
                 outer,
@@ -65,12 +63,15 @@ impl UNet {
         Ok(unet)
     }
 
-    /// What the denoiser makes of `sample` (rows, channels, height, width) with one timestep and one
-    /// line of `context` (rows, tokens, context width) per row; the same shape, in `f32`.
-    pub fn forward(&self, sample: &Tensor, timesteps: &[f32], context: &Tensor) -> Result<Tensor> {
-        let sample = ops::channels_last(sample)?.to_dtype(self.dtype)?;
-        let sample = if self.config.center_input_sample { sample.affine(2.0, -1.0)? } else { sample };
-        let time = ops::silu(&self.time_embedding.forward(timesteps, &sample)?)?;
+    /// What the denoiser makes of `sample`, (rows, channels, height, width) values in `dims`, with one
+    /// timestep and one line of `context` (rows, tokens, context width) per row: as many values.
+    pub fn forward(&self, sample: &[f32], dims: [usize; 4], timesteps: &[f32], context: &Tensor) -> Result<Vec<f32>> {
+        let sample = if self.config.center_input_sample {
+            ops::feature_map(&sample.iter().map(|value| 2.0 * value - 1.0).collect::<Vec<_>>(), dims, &self.place)?
+        } else {
+            ops::feature_map(sample, dims, &self.place)?
+        };
+        let time = ops::silu(&self.time_embedding.forward(timesteps, &self.place)?)?;
         let conditions = Conditions { time: &time, context };
 
         let mut x = self.conv_in.forward(&sample)?;
@@ -84,7 +85,6 @@ impl UNet {
         for block in &self.up_blocks {
             x = block.forward(x, conditions, &mut skips)?;
         }
-        let x = self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?;
-        ops::channels_first(&x.to_dtype(DType::F32)?)
+        ops::channels_first(&self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?)
     }
 }

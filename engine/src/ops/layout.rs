@@ -1,58 +1,126 @@
 //! Moving values without changing them.
 
-use candle_core::Tensor;
-use rayon::prelude::*;
+use half::bf16;
 
-use super::host;
+use super::buffer::{Buffer, Format, Value};
+use super::kernel::element::Element;
+use super::misuse;
+use super::shared::{Shared, run_tasks};
+use super::tensor::{Place, Tensor};
 use crate::Result;
 
-/// (rows, channels, height, width) → (rows, height, width, channels).
-pub(crate) fn channels_last(x: &Tensor) -> Result<Tensor> {
-    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
+/// (rows, channels, height, width) values on the host → a feature map at `place`.
+pub(crate) fn feature_map(values: &[f32], dims: [usize; 4], place: &Place) -> Result<Tensor> {
+    let [rows, channels, height, width] = dims;
+    let mut last = Vec::with_capacity(values.len());
+    for row in values.chunks_exact((channels * height * width).max(1)) {
+        for pixel in 0..height * width {
+            last.extend((0..channels).map(|channel| row[channel * height * width + pixel]));
+        }
+    }
+    Tensor::new(&last, &[rows, height, width, channels], place)
 }
 
-/// (rows, height, width, channels) → (rows, channels, height, width).
-pub(crate) fn channels_first(x: &Tensor) -> Result<Tensor> {
+/// A feature map → its (rows, channels, height, width) values on the host.
+pub(crate) fn channels_first(x: &Tensor) -> Result<Vec<f32>> {
+    let (_, height, width, channels) = x.dims4()?;
+    let values = x.to_values()?;
+    let mut first = Vec::with_capacity(values.len());
+    for row in values.chunks_exact((channels * height * width).max(1)) {
+        for channel in 0..channels {
+            first.extend((0..height * width).map(|pixel| row[pixel * channels + channel]));
+        }
+    }
+    Ok(first)
+}
+
+/// Another device's (rows, height, width, channels) → (rows, channels, height, width).
+pub(super) fn first(x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
     Ok(x.permute((0, 3, 1, 2))?.contiguous()?)
+}
+
+/// Another device's (rows, channels, height, width) → (rows, height, width, channels).
+pub(super) fn last(x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
+    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
 }
 
 /// The channels of `left`, then those of `right`, at every pixel.
 pub(crate) fn concat_channels(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    Ok(Tensor::cat(&[left, right], candle_core::D::Minus1)?)
-}
-
-/// `before` zeros above and left of a (rows, channels, height, width) map, `after` below and right.
-pub(super) fn pad(x: &Tensor, before: usize, after: usize) -> Result<Tensor> {
-    Ok(x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?)
-}
-
-/// Resizes a feature map to `height` × `width`, each pixel from its nearest one as torch chooses it
-/// (rounding down).
-pub(crate) fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return channels_last(&channels_first(x)?.upsample_nearest2d(height, width)?);
+    let ((rows, height, width, of_left), of_right) = (left.dims4()?, right.dims4()?.3);
+    if left.dims()[..3] != right.dims()[..3] {
+        return Err(misuse(format!("maps of {:?} and {:?} cannot be joined", left.dims(), right.dims())));
     }
-    let (rows, from_height, from_width, channels) = x.dims4()?;
-    let x32 = host::as_f32(x)?;
-    let x32 = host::values(&x32)?;
-    let mut output = host::zeros(rows * height * width * channels)?;
-    let columns: Vec<usize> = (0..width).map(|column| nearest(column, from_width, width)).collect();
-    let lines_per_task = (32 * 1024 / (width * channels).max(1)).max(1);
-    output.par_chunks_mut(width * channels).with_min_len(lines_per_task).enumerate().for_each(|(line, output)| {
-        let (row, y) = (line / height, nearest(line % height, from_height, height));
-        let start = (row * from_height + y) * from_width * channels;
-        let input = &x32[start..start + from_width * channels];
-        for (pixel, column) in output.chunks_exact_mut(channels).zip(&columns) {
-            pixel.copy_from_slice(&input[column * channels..(column + 1) * channels]);
-        }
-    });
-    host::tensor(output, (rows, height, width, channels), x.dtype())
+    if let (Some(left), Some(right)) = (left.device_values(), right.device_values()) {
+        return Ok(Tensor::on_device(candle_core::Tensor::cat(&[left, right], candle_core::D::Minus1)?));
+    }
+    let (left, right) = (left.resolved()?, right.resolved()?);
+    let (left, right) = (left.host()?, right.host()?);
+    let mut joined = Buffer::new(left.format(), left.len() + right.len())?;
+    match left.format() {
+        Format::F32 => concat::<f32>((left.values(), of_left), (right.values(), of_right), joined.values_mut()),
+        Format::Bf16 => concat::<bf16>((left.values(), of_left), (right.values(), of_right), joined.values_mut()),
+    }?;
+    Ok(Tensor::on_host(joined, &[rows, height, width, of_left + of_right]))
 }
 
-/// Where pixel `to` of `to_len` comes from, with the scale in `f32` as torch computes it.
-fn nearest(to: usize, from_len: usize, to_len: usize) -> usize {
-    let scale = from_len as f32 / to_len as f32;
-    ((to as f32 * scale) as usize).min(from_len - 1)
+fn concat<T: Value>(left: (&[T], usize), right: (&[T], usize), to: &mut [T]) -> Result<()> {
+    /// Values of a task.
+    const VALUES: usize = 128 * 1024;
+    let channels = left.1 + right.1;
+    let pixels = to.len() / channels.max(1);
+    let part = (VALUES / channels.max(1)).max(1);
+    let work = to.len();
+    let shared = Shared::new(to);
+    run_tasks(pixels.div_ceil(part), work, |task| {
+        let range = task * part..pixels.min((task + 1) * part);
+        // SAFETY: each task writes its own pixels.
+        #[allow(unsafe_code)]
+        let to = unsafe { shared.part(range.start * channels..range.end * channels) };
+        for (pixel, to) in range.zip(to.chunks_exact_mut(channels)) {
+            to[..left.1].copy_from_slice(&left.0[pixel * left.1..(pixel + 1) * left.1]);
+            to[left.1..].copy_from_slice(&right.0[pixel * right.1..(pixel + 1) * right.1]);
+        }
+        Ok(())
+    })
+}
+
+/// The lines of `table` (lines, width) that `ids` name, plus those of `positions` from the first one on:
+/// (1, ids, width).
+pub(crate) fn embed(ids: &[u32], table: &Tensor, positions: &Tensor) -> Result<Tensor> {
+    let ([lines, width], [most, _]) = (dims2(table)?, dims2(positions)?);
+    if ids.len() > most || ids.iter().any(|id| *id as usize >= lines) {
+        return Err(misuse(format!("ids beyond {lines} lines or {most} positions")));
+    }
+    if let (Some(table), Some(positions)) = (table.device_values(), positions.device_values()) {
+        let chosen = table.index_select(&candle_core::Tensor::new(ids, table.device())?, 0)?;
+        return Ok(Tensor::on_device((chosen + positions.narrow(0, 0, ids.len())?)?.unsqueeze(0)?));
+    }
+    let (table, positions) = (table.host()?, positions.host()?);
+    let mut chosen = Buffer::new(table.format(), ids.len() * width)?;
+    match table.format() {
+        Format::F32 => lookup::<f32>(ids, width, table, positions, &mut chosen),
+        Format::Bf16 => lookup::<bf16>(ids, width, table, positions, &mut chosen),
+    }
+    Ok(Tensor::on_host(chosen, &[1, ids.len(), width]))
+}
+
+fn lookup<E: Element>(ids: &[u32], width: usize, table: &Buffer, positions: &Buffer, to: &mut Buffer) {
+    let (table, positions) = (table.values::<E>(), positions.values::<E>());
+    for ((id, to), position) in
+        ids.iter().zip(to.values_mut::<E>().chunks_exact_mut(width)).zip(positions.chunks_exact(width))
+    {
+        let line = &table[*id as usize * width..][..width];
+        for ((to, value), position) in to.iter_mut().zip(line).zip(position) {
+            *to = E::from_f32(value.to_f32() + position.to_f32());
+        }
+    }
+}
+
+fn dims2(x: &Tensor) -> Result<[usize; 2]> {
+    match x.dims()[..] {
+        [a, b] => Ok([a, b]),
+        _ => Err(misuse(format!("two dimensions were expected, not {:?}", x.dims()))),
+    }
 }
 
 #[cfg(test)]
@@ -61,30 +129,12 @@ mod tests {
     use crate::ops::reference;
 
     #[test]
-    fn doubling_repeats_each_pixel_four_times() {
-        let x = reference::tensor([2, 2, 3, 2], 1);
-        let big = upsample_nearest(&x, 4, 6).unwrap();
-        assert_eq!(big.dims(), [2, 4, 6, 2]);
-        for (y, x_at) in (0..4).flat_map(|y| (0..6).map(move |x| (y, x))) {
-            let at = |t: &Tensor, y, x| reference::values(&t.narrow(1, y, 1).unwrap().narrow(2, x, 1).unwrap());
-            assert_eq!(at(&big, y, x_at), at(&x, y / 2, x_at / 2));
-        }
-    }
-
-    #[test]
-    fn an_odd_size_takes_the_pixels_that_torch_takes() {
-        // torch.nn.functional.interpolate(arange(3), size=5) and (arange(4), size=7), mode "nearest".
-        let chosen = |from, to| (0..to).map(|at| nearest(at, from, to)).collect::<Vec<_>>();
-        assert_eq!(chosen(3, 5), [0, 0, 1, 1, 2]);
-        assert_eq!(chosen(4, 7), [0, 0, 1, 1, 2, 2, 3]);
-    }
-
-    #[test]
     fn the_two_layouts_are_inverse() {
-        let x = reference::tensor([2, 3, 4, 5], 1);
-        let last = channels_last(&x).unwrap();
-        assert_eq!(last.dims(), [2, 4, 5, 3]);
-        assert_eq!(reference::values(&channels_first(&last).unwrap()), reference::values(&x));
+        let values = reference::numbers(2 * 3 * 4 * 5, 1);
+        let map = feature_map(&values, [2, 3, 4, 5], &Place::host()).unwrap();
+        assert_eq!(map.dims(), [2, 4, 5, 3]);
+        assert_eq!(map.to_values().unwrap()[1], values[20]);
+        assert_eq!(channels_first(&map).unwrap(), values);
     }
 
     #[test]
@@ -94,5 +144,16 @@ mod tests {
         assert_eq!(both.dims(), [1, 2, 2, 5]);
         let (left, right, both) = (reference::values(&left), reference::values(&right), reference::values(&both));
         assert_eq!(both[..5], [left[0], left[1], right[0], right[1], right[2]]);
+        assert_eq!(both[15..], [left[6], left[7], right[9], right[10], right[11]]);
+    }
+
+    #[test]
+    fn an_embedding_is_the_line_of_its_id_and_place() {
+        let (table, positions) = (reference::tensor([5, 3], 1), reference::tensor([4, 3], 2));
+        let got = reference::values(&embed(&[4, 0], &table, &positions).unwrap());
+        let (table, positions) = (reference::values(&table), reference::values(&positions));
+        assert_eq!(got[0], table[12] + positions[0]);
+        assert_eq!(got[5], table[2] + positions[5]);
+        assert!(embed(&[5], &reference::tensor([5, 3], 1), &reference::tensor([4, 3], 2)).is_err());
     }
 }

@@ -1,25 +1,85 @@
 //! The linear layer.
 
-use candle_core::{Device, Tensor};
+use half::bf16;
 
-use super::layer::{Addends, Input, LayerShape, layer, pack};
-use super::{host, misuse};
+use super::buffer::{Buffer, Format};
+use super::kernel::element::Element;
+use super::kernel::isa::{Isa, dispatch};
+use super::kernel::panels::{PANEL, Panels};
+use super::kernel::product::{Block, Finish, Line, Then, chunks, sums_len};
+use super::parameter::Parameter;
+use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
+use super::tensor::{Place, Tensor, Values};
+use super::{misuse, windows};
 use crate::Result;
 
-/// `y = x · W (+ bias)`.
+/// What follows a linear layer's sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activation {
+    Nothing,
+    Silu,
+    Gelu,
+    QuickGelu,
+    /// GEGLU: the first half of the outputs times GELU of the second half.
+    Gate,
+}
+
+/// `y = activation(x · W (+ bias))`.
 pub(crate) struct Linear {
-    /// (in, out): the checkpoint's (out, in) transposed once, at load.
-    weight: Tensor,
-    bias: Option<Tensor>,
+    weight: Weight,
+    inputs: usize,
+    outputs: usize,
+    activation: Activation,
+}
+
+enum Weight {
+    Host {
+        panels: Panels,
+        bias: Option<Vec<f32>>,
+    },
+    /// (in, out), and (out).
+    Device {
+        weight: candle_core::Tensor,
+        bias: Option<candle_core::Tensor>,
+    },
 }
 
 impl Linear {
-    /// A layer from a checkpoint's (out, in) weight and (out) bias in host memory, placed on `device`.
-    pub fn new(weight: &Tensor, bias: Option<&Tensor>, device: &Device) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2()?;
-        let packed = pack(&host::values(&host::as_f32(weight)?)?, outputs, inputs, 1)?;
-        let weight = host::tensor(packed, (inputs, outputs), weight.dtype())?.to_device(device)?;
-        Ok(Self { weight, bias: bias.map(|bias| bias.to_device(device)).transpose()? })
+    /// A layer from a checkpoint's (out, in) weight and (out) bias.
+    pub fn new(weight: &Parameter<'_>, bias: Option<&Parameter<'_>>, place: &Place) -> Result<Self> {
+        Self::with_activation(weight, bias, Activation::Nothing, place)
+    }
+
+    /// [`Linear::new`], followed by `activation`; with [`Activation::Gate`] the result has half of the
+    /// weight's outputs.
+    pub fn with_activation(
+        weight: &Parameter<'_>,
+        bias: Option<&Parameter<'_>>,
+        activation: Activation,
+        place: &Place,
+    ) -> Result<Self> {
+        let [outputs, inputs] = weight.dims()[..] else {
+            return Err(misuse(format!("a linear layer was given a weight of {:?}", weight.dims())));
+        };
+        if activation == Activation::Gate && outputs % 2 == 1 {
+            return Err(misuse(format!("a gate halves its outputs, but there are {outputs}")));
+        }
+        let packed = match place.on_host() {
+            None => Weight::Device {
+                weight: weight.on_device(place)?.t()?.contiguous()?,
+                bias: bias.map(|bias| bias.on_device(place)).transpose()?,
+            },
+            Some(format) => {
+                let (columns, order) = panel_order(outputs, activation);
+                let panels = Panels::pack(format, columns, inputs, |column, to| {
+                    if let Some(output) = order(column) {
+                        weight.read(output * inputs, &mut to[..inputs]);
+                    }
+                })?;
+                Weight::Host { panels, bias: bias.map(|bias| bias.values()) }
+            }
+        };
+        Ok(Self { weight: packed, inputs, outputs, activation })
     }
 
     /// (rows, …, in) → (rows, …, out).
@@ -33,112 +93,162 @@ impl Linear {
     }
 
     fn run(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
-        if !x.device().is_cpu() {
-            return self.run_on_device(x, residual);
+        let Some((&inputs, before)) = x.dims().split_last() else {
+            return Err(misuse("a linear layer was given a single number".to_owned()));
+        };
+        let outputs = if self.activation == Activation::Gate { self.outputs / 2 } else { self.outputs };
+        let dims: Vec<usize> = before.iter().copied().chain([outputs]).collect();
+        if inputs != self.inputs || residual.is_some_and(|residual| residual.dims() != dims) {
+            return Err(misuse(format!("a linear layer of {} inputs was given {:?}", self.inputs, x.dims())));
         }
-        let (inner, outputs) = self.weight.dims2()?;
-        let mut dims = x.dims().to_vec();
-        let width = dims.pop().unwrap_or(0);
-        if width != inner {
-            return Err(misuse(format!("a linear layer of width {inner} was given {:?}", x.dims())));
+        match (&self.weight, &x.values) {
+            (Weight::Device { weight, bias }, Values::Device(x)) => {
+                let y = on_device(x, weight, bias.as_ref(), self.activation)?;
+                let residual = residual.and_then(Tensor::device_values);
+                Ok(Tensor::on_device(residual.map_or(Ok(y.clone()), |residual| &y + residual)?))
+            }
+            (Weight::Host { panels, bias }, Values::Host(_)) => {
+                let (rows, positions) = (before[0], before[1..].iter().product());
+                let call = Call { panels, bias: bias.as_deref(), then: self.then(), rows, positions, outputs };
+                let residual = residual.map(Tensor::resolved).transpose()?;
+                let residual = residual.as_ref().map(Tensor::host).transpose()?;
+                let output = match panels.format() {
+                    Format::F32 => call.run::<f32>(x, residual),
+                    Format::Bf16 => call.run::<bf16>(x, residual),
+                }?;
+                Ok(Tensor::on_host(output, &dims))
+            }
+            _ => Err(misuse("a linear layer and its input are on different devices".to_owned())),
         }
-        let rows = dims.first().copied().unwrap_or(1);
-        let positions = dims.iter().skip(1).product();
-        dims.push(outputs);
-
-        let (x32, weight) = (host::as_f32(x)?, host::as_f32(&self.weight)?);
-        let bias = self.bias.as_ref().map(host::as_f32).transpose()?;
-        let residual = residual.map(host::as_f32).transpose()?;
-        let bias = bias.as_ref().map(host::values).transpose()?;
-        let residual = residual.as_ref().map(host::values).transpose()?;
-        let shape = LayerShape { rows, positions, inner, outputs };
-        let mut output = host::zeros(rows * positions * outputs)?;
-        let addends = Addends { bias: bias.as_deref(), per_row: None, full: residual.as_deref() };
-        let (x32, weight) = (host::values(&x32)?, host::values(&weight)?);
-        layer(&mut output, shape, Input::Dense(&x32), &weight, addends);
-        host::tensor(output, dims, x.dtype())
     }
 
-    fn run_on_device(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
-        let mut y = x.broadcast_matmul(&self.weight)?;
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(bias)?;
+    fn then(&self) -> Then {
+        match self.activation {
+            Activation::Nothing => Then::Nothing,
+            Activation::Silu => Then::Silu,
+            Activation::Gelu => Then::Gelu,
+            Activation::QuickGelu => Then::QuickGelu,
+            Activation::Gate => Then::Gate,
         }
-        if let Some(residual) = residual {
-            y = (y + residual)?;
-        }
-        Ok(y)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use candle_core::DType;
-
-    use super::*;
-    use crate::ops::reference;
-
-    #[test]
-    fn a_linear_layer_over_odd_shapes_equals_the_plain_one() {
-        for (rows, tokens, inner, outputs) in
-            [(1, 1, 1, 1), (2, 7, 5, 3), (1, 77, 96, 33), (3, 1, 64, 256), (1, 300, 40, 130)]
-        {
-            let (x, weight) = (reference::tensor([rows, tokens, inner], 1), reference::tensor([outputs, inner], 2));
-            let (bias, residual) = (reference::tensor([outputs], 3), reference::tensor([rows, tokens, outputs], 4));
-            let layer = Linear::new(&weight, Some(&bias), &Device::Cpu).unwrap();
-            let got = layer.forward_add(&x, &residual).unwrap();
-            assert_eq!(got.dims(), [rows, tokens, outputs]);
-
-            let transposed = reference::values(&weight.t().unwrap().contiguous().unwrap());
-            let mut plain = reference::product(&reference::values(&x), &transposed, rows * tokens, inner, outputs);
-            let (bias, residual) = (reference::values(&bias), reference::values(&residual));
-            for (index, value) in plain.iter_mut().enumerate() {
-                *value += bias[index % outputs] + residual[index];
-            }
-            reference::assert_close(&reference::values(&got), &plain, 1e-5);
+/// How many columns are packed, and which output each one is; with a gate, panels of values and of their
+/// gates alternate.
+fn panel_order(outputs: usize, activation: Activation) -> (usize, impl Fn(usize) -> Option<usize> + Sync + Send) {
+    let half = outputs / 2;
+    let gated = activation == Activation::Gate;
+    let columns = if gated { 2 * half.next_multiple_of(PANEL) } else { outputs };
+    (columns, move |column: usize| {
+        if !gated {
+            return Some(column);
         }
-    }
+        let (panel, lane) = (column / PANEL, column % PANEL);
+        let value = panel / 2 * PANEL + lane;
+        (value < half).then_some(value + panel % 2 * half)
+    })
+}
 
-    #[test]
-    fn a_row_of_a_batch_equals_the_row_alone() {
-        for tokens in [1, 9, 77, 256] {
-            let layer =
-                Linear::new(&reference::tensor([192, 100], 1), Some(&reference::tensor([192], 2)), &Device::Cpu)
-                    .unwrap();
-            let x = reference::tensor([5, tokens, 100], 3);
-            let batch = layer.forward(&x).unwrap();
-            for row in 0..5 {
-                let alone = layer.forward(&x.narrow(0, row, 1).unwrap()).unwrap();
-                reference::assert_row_is(&batch, row, &alone);
-            }
+/// One use of a layer on the host.
+struct Call<'a> {
+    panels: &'a Panels,
+    bias: Option<&'a [f32]>,
+    then: Then,
+    rows: usize,
+    /// Positions of a row.
+    positions: usize,
+    outputs: usize,
+}
+
+impl Call<'_> {
+    fn run<E: Element>(&self, x: &Tensor, residual: Option<&Buffer>) -> Result<Buffer> {
+        let mut output = Buffer::new(E::FORMAT, self.rows * self.positions * self.outputs)?;
+        let finish =
+            Finish { bias: self.bias, per_row: None, residual: residual.map(Buffer::values::<E>), then: self.then };
+        let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
+        let inputs = x.dims()[x.dims().len() - 1];
+        let ready = host.pending.is_none() && inputs == self.panels.inner() && host.buffer.format() == E::FORMAT;
+        if ready {
+            self.multiply(host.buffer.values::<E>(), &finish, &Shared::new(output.values_mut()))?;
+        } else {
+            // A pending norm, or values that have to be laid out anew: a convolution of one pixel.
+            let map = windows::Map { height: 1, width: self.positions, channels: inputs };
+            let call = windows::Call {
+                host,
+                rows: self.rows,
+                map,
+                windows: windows::Windows::pointwise(),
+                weight: self.panels,
+                finish: &finish,
+                placing: windows::Placing::dense(self.positions, self.outputs),
+            };
+            call.run(&Shared::new(output.values_mut::<E>()))?;
         }
+        Ok(output)
     }
 
-    #[test]
-    fn the_path_for_other_devices_agrees() {
-        let (weight, bias) = (reference::tensor([8, 5], 1), reference::tensor([8], 2));
-        let layer = Linear::new(&weight, Some(&bias), &Device::Cpu).unwrap();
-        let (x, residual) = (reference::tensor([2, 7, 5], 3), reference::tensor([2, 7, 8], 4));
-        let (here, there) = (layer.forward_add(&x, &residual), layer.run_on_device(&x, Some(&residual)));
-        reference::assert_close(&reference::values(&there.unwrap()), &reference::values(&here.unwrap()), 1e-6);
+    /// All rows' positions in blocks, read where they lie.
+    fn multiply<E: Element>(&self, left: &[E], finish: &Finish<'_, E>, output: &Shared<'_, E>) -> Result<()> {
+        /// Positions that share one reading of the weights.
+        const BLOCK: usize = 256;
+        let (inner, outputs) = (self.panels.inner(), self.outputs);
+        let positions = self.rows * self.positions;
+        let work = positions * inner * self.panels.outputs();
+        let pieces = chunks::<E>([(0, inner)]);
+        let wanted = wanted_tasks(work);
+        let block = positions.div_ceil(wanted).next_multiple_of(8).clamp(32, BLOCK);
+        let blocks = positions.div_ceil(block);
+        let slices = windows::slices(self.panels, wanted.div_ceil(blocks), self.then);
+        run_tasks(blocks * slices.len(), work, |task| {
+            let (slice, first) = (&slices[task / blocks], task % blocks * block);
+            let line =
+                Line { left: first * inner, output: first * outputs, row: 0, positions: block.min(positions - first) };
+            with_scratch(sums_len(line.positions), |sums| {
+                let block = Block {
+                    left,
+                    lines: &[line],
+                    left_stride: inner,
+                    output_stride: outputs,
+                    weight: self.panels,
+                    panels: slice.clone(),
+                    pieces: &pieces,
+                    finish,
+                    output,
+                    sums,
+                };
+                dispatch(Isa::best(), block);
+            })
+        })
     }
+}
 
-    #[test]
-    fn half_precision_stays_half_and_close() {
-        let (x, weight) = (reference::tensor([2, 5, 16], 1), reference::tensor([8, 16], 2));
-        let exact = Linear::new(&weight, None, &Device::Cpu).unwrap().forward(&x).unwrap();
-        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
-            let layer = Linear::new(&weight.to_dtype(dtype).unwrap(), None, &Device::Cpu).unwrap();
-            let half = layer.forward(&x.to_dtype(dtype).unwrap()).unwrap();
-            assert_eq!(half.dtype(), dtype);
-            reference::assert_close(&reference::values(&half), &reference::values(&exact), tolerance);
+fn on_device(
+    x: &candle_core::Tensor,
+    weight: &candle_core::Tensor,
+    bias: Option<&candle_core::Tensor>,
+    activation: Activation,
+) -> Result<candle_core::Tensor> {
+    let (inputs, outputs) = weight.dims2()?;
+    let flat = x.reshape(((), inputs))?;
+    let mut y = flat.matmul(weight)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    let mut dims = x.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = outputs;
+    }
+    let y = y.reshape(dims)?;
+    Ok(match activation {
+        Activation::Nothing => y,
+        Activation::Silu => y.silu()?,
+        Activation::Gelu => y.gelu_erf()?,
+        Activation::QuickGelu => (&y * candle_nn::ops::sigmoid(&(&y * 1.702)?)?)?,
+        Activation::Gate => {
+            let half = outputs / 2;
+            let (value, gate) =
+                (y.narrow(candle_core::D::Minus1, 0, half)?, y.narrow(candle_core::D::Minus1, half, half)?);
+            (value * gate.contiguous()?.gelu_erf()?)?
         }
-    }
-
-    #[test]
-    fn a_wrong_width_is_an_error_and_not_a_panic() {
-        let layer = Linear::new(&reference::tensor([4, 3], 1), None, &Device::Cpu).unwrap();
-        let error = layer.forward(&reference::tensor([1, 2, 5], 2)).unwrap_err().to_string();
-        assert!(error.contains("width 3"), "{error}");
-    }
+    })
 }

@@ -1,35 +1,51 @@
 //! The operations that cost time: convolution, linear, attention, group norm (+ SiLU), layer norm and
 //! what surrounds them. Models call nothing else for these, so that this module alone knows how fast
-//! an operation can be on a device.
+//! an operation can be on a device, and in which layout and format its values lie.
 //!
 //! A feature map is (rows, height, width, channels) and tokens are (rows, tokens, channels): channels
 //! come last, so that a pixel is a token and a 1×1 convolution a linear layer.
 //!
-//! On the processor each row of a batch is computed by itself, cut into tiles whose size depends on
-//! the shape of one row alone; no sum's order depends on the batch or on the number of threads, so a
-//! row's numbers are bit for bit the same in any company. Sums are in `f32` whatever the tensors'
-//! format. Other devices use candle's own kernels.
+//! On the processor the kernels are ours (`kernel`), chosen when the program runs; activations are `f32`
+//! or `bf16`, sums always `f32`. Each sum is formed in an order that depends on nothing but the shape of
+//! one row, so a row's numbers are bit for bit the same in any company and on any number of threads.
+//! Other devices use candle's kernels.
+//!
+//! Reading order: `tensor` (what is passed around), `linear`, `conv`, `upsample`, `norm`, `layer_norm`,
+//! `attention`, `activation`, `layout`; below them `windows` (convolution on the host), `kernel`, `buffer`
+//! (memory), `shared` (threads) and `parameter` (weights as they are stored).
 
-mod attention;
-mod conv;
-mod linear;
-mod norm;
+mod parameter;
+mod tensor;
 
 mod activation;
+mod attention;
+mod conv;
+mod layer_norm;
 mod layout;
+mod linear;
+mod norm;
+mod upsample;
 
-mod host;
-mod layer;
-mod matmul;
+mod buffer;
+mod kernel;
+mod shared;
+mod windows;
+
 #[cfg(test)]
 mod reference;
 
-pub(crate) use activation::{geglu, gelu, quick_gelu, silu};
+pub(crate) use activation::silu;
 pub(crate) use attention::{Mask, attention};
+pub(crate) use buffer::release_memory;
 pub(crate) use conv::{Conv2d, ConvShape};
-pub(crate) use layout::{channels_first, channels_last, concat_channels, upsample_nearest};
-pub(crate) use linear::Linear;
-pub(crate) use norm::{GroupNorm, LayerNorm};
+pub(crate) use kernel::isa::Isa;
+pub(crate) use layer_norm::LayerNorm;
+pub(crate) use layout::{channels_first, concat_channels, embed, feature_map};
+pub(crate) use linear::{Activation, Linear};
+pub(crate) use norm::GroupNorm;
+pub(crate) use parameter::{Parameter, Stored};
+pub(crate) use tensor::{Place, Tensor};
+pub(crate) use upsample::UpsampleConv;
 
 /// An operation was given tensors that do not fit it; the models check what comes from outside.
 fn misuse(problem: String) -> crate::Error {

@@ -1,6 +1,9 @@
 //! The plain forms that the fast ones are tested against, and numbers to feed them.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device};
+
+use super::parameter::Parameter;
+use super::tensor::{Place, Tensor};
 
 /// `count` numbers around zero, the same for the same `salt`.
 pub(super) fn numbers(count: usize, salt: u32) -> Vec<f32> {
@@ -13,14 +16,42 @@ pub(super) fn numbers(count: usize, salt: u32) -> Vec<f32> {
         .collect()
 }
 
+/// The processor with pairs of `bf16`.
+pub(super) fn bf16_place() -> Place {
+    Place::new(&Device::Cpu, DType::BF16)
+}
+
 /// [`numbers`] as a host tensor.
 pub(super) fn tensor<const N: usize>(shape: [usize; N], salt: u32) -> Tensor {
-    Tensor::from_vec(numbers(shape.iter().product(), salt), shape.to_vec(), &Device::Cpu).unwrap()
+    tensor_at(shape, salt, &Place::host())
+}
+
+/// [`numbers`] as a tensor at `place`.
+pub(super) fn tensor_at<const N: usize>(shape: [usize; N], salt: u32, place: &Place) -> Tensor {
+    Tensor::new(&numbers(shape.iter().product(), salt), &shape, place).unwrap()
+}
+
+/// [`numbers`] as a weight.
+pub(super) fn parameter<const N: usize>(shape: [usize; N], salt: u32) -> Parameter<'static> {
+    Parameter::from_values(&numbers(shape.iter().product(), salt), &shape)
 }
 
 /// A tensor's values in order.
 pub(super) fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.to_dtype(candle_core::DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    tensor.to_values().unwrap()
+}
+
+/// Row `index` alone.
+pub(super) fn row(tensor: &Tensor, index: usize, place: &Place) -> Tensor {
+    let mut dims = tensor.dims().to_vec();
+    dims[0] = 1;
+    let len: usize = dims.iter().product();
+    Tensor::new(&values(tensor)[index * len..(index + 1) * len], &dims, place).unwrap()
+}
+
+/// The tensor as candle's, for the path of other devices.
+pub(super) fn elsewhere(tensor: &Tensor) -> Tensor {
+    Tensor::on_device(candle_core::Tensor::from_vec(values(tensor), tensor.dims(), &Device::Cpu).unwrap())
 }
 
 /// left (rows × inner) · right (inner × cols) with each sum in `f64`.
@@ -48,8 +79,7 @@ pub(super) fn assert_close(got: &[f32], expected: &[f32], tolerance: f32) {
 /// Fails unless row `index` of `batch` is bit for bit the only row of `alone`.
 #[track_caller]
 pub(super) fn assert_row_is(batch: &Tensor, index: usize, alone: &Tensor) {
-    let row = values(&batch.narrow(0, index, 1).unwrap());
-    let alone = values(alone);
-    assert_eq!(row.len(), alone.len());
+    let (all, alone) = (values(batch), values(alone));
+    let row = &all[index * alone.len()..(index + 1) * alone.len()];
     assert!(row.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits()), "row {index} differs from the row alone");
 }

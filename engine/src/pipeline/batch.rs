@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
 use super::checkpoint::ModelRow;
 use crate::guidance::{guide, is_guided};
 use crate::noise::NoiseSource;
+use crate::ops::Tensor;
 use crate::sampler::{self, Sampler};
 use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
 

@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Tensor};
 use image::RgbImage;
 use serde_json::json;
 
 use super::picture;
 use crate::config::ConfigFile;
 use crate::denoiser::UNet;
+use crate::ops::{self, Place, Tensor};
 use crate::sampler::SamplerConfig;
 use crate::text::{EmbeddingCache, TextEncoder, Tokenizer};
 use crate::vae::Vae;
@@ -58,13 +58,13 @@ impl Checkpoint {
             return Err(Error::checkpoint(folder, "is not a diffusers folder: it has no `model_index.json`"));
         }
         ConfigFile::read(&index)?.only("_class_name", &PIPELINES.map(|name| json!(name)))?;
-        let (place, dtype) = (device.tensors(), precision.dtype());
+        let place = &Place::new(device.tensors(), precision.dtype());
         let sampler = read_sampler(&folder.join("scheduler/scheduler_config.json"))?;
-        let text_encoder = TextEncoder::load(&folder.join("text_encoder"), place, dtype)?;
+        let text_encoder = TextEncoder::load(&folder.join("text_encoder"), place)?;
         let text = &text_encoder.config;
         let tokenizer = Tokenizer::load(&folder.join("tokenizer"), text.positions, text.vocabulary)?;
-        let unet = UNet::load(&folder.join("unet"), place, dtype)?;
-        let vae = Vae::load(&folder.join("vae"), place, dtype)?;
+        let unet = UNet::load(&folder.join("unet"), place)?;
+        let vae = Vae::load(&folder.join("vae"), place)?;
         let checkpoint = Self {
             device: device.clone(),
             tokenizer,
@@ -131,10 +131,9 @@ impl Checkpoint {
         let values: Vec<f32> =
             latents.iter().flat_map(|latent| latent.values.iter().map(|value| value / scale)).collect();
         let Latent { channels, height, width, .. } = latents[0];
-        let shape = (latents.len(), channels, height, width);
-        let decoded = self.vae.decode(&Tensor::from_vec(values, shape, self.device.tensors())?)?;
+        let decoded = self.vae.decode(&values, [latents.len(), channels, height, width])?;
         let (_, height, width, _) = decoded.dims4()?;
-        let values = decoded.flatten_all()?.to_vec1::<f32>()?;
+        let values = decoded.to_values()?;
         let rows = values.chunks_exact(height * width * 3).zip(latents);
         rows.map(|(values, latent)| picture::from_values(values, width, height, latent.row)).collect()
     }
@@ -162,11 +161,11 @@ impl Checkpoint {
     fn denoise_rows(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
         let (channels, height, width) = shape;
         let samples: Vec<f32> = rows.iter().flat_map(|row| row.sample.iter().copied()).collect();
-        let sample = Tensor::from_vec(samples, (rows.len(), channels, height, width), self.device.tensors())?;
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep).collect();
         let embeddings: Vec<&Tensor> = rows.iter().map(|row| &row.embedding).collect();
-        let output = self.unet.forward(&sample, &timesteps, &Tensor::cat(&embeddings, 0)?)?;
-        Ok(output.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2()?)
+        let context = Tensor::cat_rows(&embeddings)?;
+        let output = self.unet.forward(&samples, [rows.len(), channels, height, width], &timesteps, &context)?;
+        Ok(output.chunks_exact(channels * height * width).map(<[f32]>::to_vec).collect())
     }
 
     /// Channels of a latent.
@@ -177,6 +176,13 @@ impl Checkpoint {
     /// What samplers are built from.
     pub(super) fn sampler_config(&self) -> &SamplerConfig {
         &self.sampler
+    }
+}
+
+impl Drop for Checkpoint {
+    /// Whatever comes next works in other sizes.
+    fn drop(&mut self) {
+        ops::release_memory();
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use crate::ops::Tensor;
 
 /// A bounded map from a prompt to its embedding; the one that was not asked for the longest goes first.
 pub(crate) struct EmbeddingCache {
@@ -34,7 +34,7 @@ impl EmbeddingCache {
 
     /// Keeps an embedding, and drops others until all fit.
     pub fn insert(&mut self, prompt: &str, embedding: &Tensor) {
-        let bytes = embedding.elem_count() * embedding.dtype().size_in_bytes() + prompt.len();
+        let bytes = embedding.bytes() + prompt.len();
         if bytes > self.most_bytes {
             return;
         }
@@ -60,12 +60,11 @@ impl EmbeddingCache {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-
     use super::*;
+    use crate::ops::Place;
 
-    fn embedding(value: f64) -> Tensor {
-        Tensor::full(value, 25, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap()
+    fn embedding(value: f32) -> Tensor {
+        Tensor::new(&[value; 25], &[25], &Place::host()).unwrap()
     }
 
     #[test]

@@ -4,11 +4,10 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
 use crate::config::ConfigFile;
-use crate::ops::{self, LayerNorm, Linear, Mask};
+use crate::ops::{self, Activation, LayerNorm, Linear, Mask, Place, Tensor};
 use crate::weights::{Scope, Weights};
 use crate::{Error, Result};
 
@@ -22,12 +21,6 @@ pub(crate) struct TextConfig {
     heads: usize,
     epsilon: f64,
     activation: Activation,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Activation {
-    QuickGelu,
-    Gelu,
 }
 
 impl TextConfig {
@@ -69,9 +62,9 @@ pub(crate) struct TextEncoder {
 
 impl TextEncoder {
     /// Loads a `text_encoder` folder.
-    pub fn load(folder: &Path, device: &Device, dtype: DType) -> Result<Self> {
+    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
         let config = TextConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "model", device, dtype)?;
+        let weights = Weights::open(folder, "model", place)?;
         // transformers 5 writes the encoder's tensors without the prefix that its predecessors had.
         let prefixed = weights.contains("text_model.embeddings.token_embedding.weight");
         let scope = if prefixed { weights.root().at("text_model") } else { weights.root() };
@@ -85,13 +78,7 @@ impl TextEncoder {
             // A buffer that older files carry, and what only a model that scores pictures uses.
             name.ends_with("embeddings.position_ids") || name == "text_projection.weight" || name == "logit_scale"
         })?;
-        Ok(Self {
-            config,
-            tokens: tokens.to_device(device)?,
-            positions: positions.to_device(device)?,
-            layers,
-            final_layer_norm,
-        })
+        Ok(Self { config, tokens, positions, layers, final_layer_norm })
     }
 
     /// (1, ids, width): the last layer's states, after the final norm.
@@ -100,8 +87,7 @@ impl TextEncoder {
             let (limit, value) = (format!("at most {} tokens", self.config.positions), ids.len());
             return Err(Error::request("prompt", limit, value));
         }
-        let tokens = self.tokens.index_select(&Tensor::new(ids, self.tokens.device())?, 0)?;
-        let mut x = (tokens + self.positions.narrow(0, 0, ids.len())?)?.unsqueeze(0)?;
+        let mut x = ops::embed(ids, &self.tokens, &self.positions)?;
         for layer in &self.layers {
             x = layer.forward(&x)?;
         }
@@ -119,7 +105,6 @@ struct Layer {
     fc1: Linear,
     fc2: Linear,
     heads: usize,
-    activation: Activation,
 }
 
 impl Layer {
@@ -133,10 +118,9 @@ impl Layer {
             v_proj: attention.at("v_proj").linear(width, width)?,
             out_proj: attention.at("out_proj").linear(width, width)?,
             layer_norm2: scope.at("layer_norm2").layer_norm(width, config.epsilon)?,
-            fc1: mlp.at("fc1").linear(width, inner)?,
+            fc1: mlp.at("fc1").linear_then(width, inner, config.activation)?,
             fc2: mlp.at("fc2").linear(inner, width)?,
             heads: config.heads,
-            activation: config.activation,
         })
     }
 
@@ -145,10 +129,6 @@ impl Layer {
         let (q, k, v) = (self.q_proj.forward(&normal)?, self.k_proj.forward(&normal)?, self.v_proj.forward(&normal)?);
         let x = self.out_proj.forward_add(&ops::attention(&q, &k, &v, self.heads, Mask::Causal)?, x)?;
         let inner = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        let inner = match self.activation {
-            Activation::QuickGelu => ops::quick_gelu(&inner)?,
-            Activation::Gelu => ops::gelu(&inner)?,
-        };
         self.fc2.forward_add(&inner, &x)
     }
 }

@@ -1,25 +1,36 @@
 //! Layers built from a scope's `weight` and `bias`.
 
 use super::Scope;
-use crate::ops::{Conv2d, ConvShape, GroupNorm, LayerNorm, Linear};
+use crate::ops::{Activation, Conv2d, ConvShape, GroupNorm, LayerNorm, Linear, UpsampleConv};
 use crate::{Error, Result};
 
 impl Scope<'_> {
     /// A linear layer with bias.
     pub fn linear(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        let weight = self.tensor("weight", &[outputs, inputs])?;
-        Linear::new(&weight, Some(&self.tensor("bias", &[outputs])?), self.device())
+        self.linear_then(inputs, outputs, Activation::Nothing)
+    }
+
+    /// A linear layer with bias, followed by `activation`.
+    pub fn linear_then(&self, inputs: usize, outputs: usize, activation: Activation) -> Result<Linear> {
+        let (weight, bias) = (self.parameter("weight", &[outputs, inputs])?, self.parameter("bias", &[outputs])?);
+        self.done(Linear::with_activation(&weight, Some(&bias), activation, &self.weights.place))
     }
 
     /// A linear layer without bias.
     pub fn linear_without_bias(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        Linear::new(&self.tensor("weight", &[outputs, inputs])?, None, self.device())
+        self.done(Linear::new(&self.parameter("weight", &[outputs, inputs])?, None, &self.weights.place))
     }
 
     /// A convolution with a square `kernel` and bias.
     pub fn conv2d(&self, inputs: usize, outputs: usize, kernel: usize, shape: ConvShape) -> Result<Conv2d> {
-        let weight = self.tensor("weight", &[outputs, inputs, kernel, kernel])?;
-        Conv2d::new(&weight, Some(&self.tensor("bias", &[outputs])?), shape, self.device())
+        let weight = self.parameter("weight", &[outputs, inputs, kernel, kernel])?;
+        self.done(Conv2d::new(&weight, Some(&self.parameter("bias", &[outputs])?), shape, &self.weights.place))
+    }
+
+    /// A 3×3 convolution with bias of an enlarged map.
+    pub fn upsample_conv(&self, inputs: usize, outputs: usize) -> Result<UpsampleConv> {
+        let weight = self.parameter("weight", &[outputs, inputs, 3, 3])?;
+        self.done(UpsampleConv::new(&weight, &self.parameter("bias", &[outputs])?, &self.weights.place))
     }
 
     /// A group norm.
@@ -29,13 +40,19 @@ impl Scope<'_> {
                 format!("`norm_num_groups` must divide the {channels} channels of {}, but is {groups}", self.prefix);
             return Err(Error::checkpoint(&self.weights.folder, problem));
         }
-        let (weight, bias) = (self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?);
-        GroupNorm::new(&weight, &bias, groups, epsilon, self.device())
+        let (weight, bias) = (self.parameter("weight", &[channels])?, self.parameter("bias", &[channels])?);
+        GroupNorm::new(&weight, &bias, groups, epsilon)
     }
 
     /// A layer norm.
     pub fn layer_norm(&self, channels: usize, epsilon: f64) -> Result<LayerNorm> {
-        let (weight, bias) = (self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?);
-        LayerNorm::new(&weight, &bias, epsilon, self.device())
+        let (weight, bias) = (self.parameter("weight", &[channels])?, self.parameter("bias", &[channels])?);
+        LayerNorm::new(&weight, &bias, epsilon)
+    }
+
+    /// The layer, after its weight's pages have been let go.
+    fn done<L>(&self, layer: Result<L>) -> Result<L> {
+        self.weights.release(&self.name("weight"));
+        layer
     }
 }

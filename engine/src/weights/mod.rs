@@ -11,10 +11,10 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::ops::{Parameter, Place, Stored as Format, Tensor};
 use crate::{Error, Result};
 
 /// How many names of each kind an error lists.
@@ -25,8 +25,7 @@ pub(crate) struct Weights {
     folder: PathBuf,
     maps: Vec<Mmap>,
     stored: HashMap<String, Stored>,
-    device: Device,
-    dtype: DType,
+    place: Place,
     seen: RefCell<Seen>,
 }
 
@@ -48,14 +47,13 @@ struct Seen {
 
 impl Weights {
     /// Maps the part's files: `stem.safetensors`, a sharded index, or a variant of them. Layers built
-    /// from it are placed on `device` in the format `dtype`.
-    pub fn open(folder: &Path, stem: &str, device: &Device, dtype: DType) -> Result<Self> {
+    /// from it live at `place`.
+    pub fn open(folder: &Path, stem: &str, place: &Place) -> Result<Self> {
         let mut weights = Self {
             folder: folder.to_owned(),
             maps: Vec::new(),
             stored: HashMap::new(),
-            device: device.clone(),
-            dtype,
+            place: place.clone(),
             seen: RefCell::default(),
         };
         for path in files::find(folder, stem)? {
@@ -126,43 +124,48 @@ impl Weights {
         (!problems.is_empty()).then(|| Error::checkpoint(&self.folder, problems.join("; ")))
     }
 
-    /// Reads a tensor into host memory in the part's format. What is missing or misshapen is noted and
-    /// answered with zeros, so that one error can name all of it.
-    fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    /// Finds a tensor. What is missing or misshapen is noted and answered with zeros, so that one error
+    /// can name all of it.
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Parameter<'_>> {
         let mut seen = self.seen.borrow_mut();
         match self.stored.get(name) {
             None => seen.missing.push(name.to_owned()),
             Some(stored) => {
                 seen.used.insert(name.to_owned());
                 if trimmed(&stored.shape) == trimmed(shape) {
-                    return self.convert(name, stored, shape);
+                    return self.parameter(name, stored, shape);
                 }
                 seen.misshapen.push(format!("{name} {:?} instead of {shape:?}", stored.shape));
             }
         }
         // Do not spend more memory on a stand-in than the files are large.
         let total: usize = self.maps.iter().map(|map| map.len()).sum();
-        if shape.iter().product::<usize>() > total {
+        let values = shape.iter().product::<usize>();
+        if values > total {
             return Err(self.problems(&seen, &[]).unwrap_or_else(|| Error::checkpoint(&self.folder, name)));
         }
-        Ok(Tensor::zeros(shape, self.dtype, &Device::Cpu)?)
+        Ok(Parameter::from_values(&vec![0.0; values], shape))
     }
 
-    fn convert(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Tensor> {
-        let dtype = match stored.dtype {
-            Dtype::F64 => DType::F64,
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
+    fn parameter(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Parameter<'_>> {
+        let format = match stored.dtype {
+            Dtype::F64 => Format::F64,
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
             other => {
                 let problem = format!("tensor `{name}` has format {other:?}; f32, f16, bf16 or f64 can be read");
                 return Err(Error::checkpoint(&self.folder, problem));
             }
         };
-        let map = &self.maps[stored.map];
-        let tensor = Tensor::from_raw_buffer(&map[stored.bytes.clone()], dtype, shape, &Device::Cpu)?;
-        release(map, stored.bytes.clone());
-        Ok(tensor.to_dtype(self.dtype)?)
+        Ok(Parameter::new(&self.maps[stored.map][stored.bytes.clone()], format, shape))
+    }
+
+    /// Tells the system that a tensor has been read.
+    fn release(&self, name: &str) {
+        if let Some(stored) = self.stored.get(name) {
+            release(&self.maps[stored.map], stored.bytes.clone());
+        }
     }
 }
 
@@ -206,14 +209,16 @@ impl Scope<'_> {
         if self.weights.stored.keys().any(|name| name.starts_with(&prefix)) { self.at(old) } else { self.at(step) }
     }
 
-    /// A tensor in host memory, in the part's format.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    /// A tensor as it is stored.
+    fn parameter(&self, name: &str, shape: &[usize]) -> Result<Parameter<'_>> {
         self.weights.read(&self.name(name), shape)
     }
 
-    /// Where the part's layers live.
-    pub fn device(&self) -> &Device {
-        &self.weights.device
+    /// A tensor where the part's layers live.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.parameter(name, shape)?.tensor(&self.weights.place)?;
+        self.weights.release(&self.name(name));
+        Ok(tensor)
     }
 
     fn name(&self, step: &str) -> String {
@@ -223,14 +228,16 @@ impl Scope<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use candle_core::{DType, Device, Tensor};
+
+    use super::{HashMap, Path, Place, Weights};
 
     fn part(tensors: &[(&str, Tensor)]) -> (tempfile::TempDir, Weights) {
         let folder = tempfile::tempdir().unwrap();
         let tensors: HashMap<String, Tensor> =
             tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
         candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
-        let weights = Weights::open(folder.path(), "model", &Device::Cpu, DType::F32).unwrap();
+        let weights = Weights::open(folder.path(), "model", &Place::host()).unwrap();
         (folder, weights)
     }
 
@@ -249,7 +256,7 @@ mod tests {
             ("d", stored(DType::F64)),
         ]);
         for name in ["a", "b", "c", "d"] {
-            assert_eq!(weights.root().tensor(name, &[3]).unwrap().to_vec1::<f32>().unwrap(), [1.0, -2.5, 0.125]);
+            assert_eq!(weights.root().tensor(name, &[3]).unwrap().to_values().unwrap(), [1.0, -2.5, 0.125]);
         }
         weights.finish(|_| false).unwrap();
     }
@@ -297,7 +304,7 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         for keep in [0, 4, 20, bytes.len() - 1] {
             std::fs::write(&path, &bytes[..keep]).unwrap();
-            let error = Weights::open(folder.path(), "model", &Device::Cpu, DType::F32).err().unwrap().to_string();
+            let error = Weights::open(folder.path(), "model", &Place::host()).err().unwrap().to_string();
             assert!(error.contains("model.safetensors: "), "{error}");
         }
     }

@@ -1,0 +1,126 @@
+//! The formats that products are computed from.
+
+use half::bf16;
+
+use super::simd::Simd;
+use crate::ops::buffer::Value;
+
+/// A format of activations and packed weights. Sums are always `f32`.
+pub(in crate::ops) trait Element: Value + Default {
+    /// Inner positions that one multiply-add covers.
+    const DEPTH: usize;
+    /// What a multiply-add takes: [`Simd::LANES`] × [`Element::DEPTH`] values.
+    type Factor<S: Simd>: Copy;
+
+    /// [`Element::DEPTH`] neighbouring values in every lane.
+    /// # Safety
+    /// `from` must be readable for [`Element::DEPTH`] values.
+    unsafe fn splat_factor<S: Simd>(simd: S, from: *const Self) -> Self::Factor<S>;
+    /// # Safety
+    /// `from` must be readable for [`Simd::LANES`] × [`Element::DEPTH`] values.
+    unsafe fn load_factor<S: Simd>(simd: S, from: *const Self) -> Self::Factor<S>;
+    /// sums + a · b.
+    fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: Self::Factor<S>, b: Self::Factor<S>) -> S::F32;
+
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(simd: S, from: *const Self) -> S::F32;
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store<S: Simd>(simd: S, to: *mut Self, value: S::F32);
+    /// # Safety
+    /// As [`Simd::load_some`].
+    unsafe fn load_some<S: Simd>(simd: S, from: *const Self, count: usize) -> S::F32;
+    /// # Safety
+    /// As [`Simd::store_some`].
+    unsafe fn store_some<S: Simd>(simd: S, to: *mut Self, value: S::F32, count: usize);
+
+    fn from_f32(value: f32) -> Self;
+    fn to_f32(self) -> f32;
+}
+
+// SAFETY: each method passes its caller's promise on.
+impl Element for f32 {
+    const DEPTH: usize = 1;
+    type Factor<S: Simd> = S::F32;
+
+    #[inline(always)]
+    unsafe fn splat_factor<S: Simd>(simd: S, from: *const f32) -> S::F32 {
+        simd.splat(unsafe { from.read() })
+    }
+    #[inline(always)]
+    unsafe fn load_factor<S: Simd>(simd: S, from: *const f32) -> S::F32 {
+        unsafe { simd.load(from) }
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: S::F32, b: S::F32) -> S::F32 {
+        simd.mul_add(a, b, sums)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const f32) -> S::F32 {
+        unsafe { simd.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, to: *mut f32, value: S::F32) {
+        unsafe { simd.store(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn load_some<S: Simd>(simd: S, from: *const f32, count: usize) -> S::F32 {
+        unsafe { simd.load_some(from, count) }
+    }
+    #[inline(always)]
+    unsafe fn store_some<S: Simd>(simd: S, to: *mut f32, value: S::F32, count: usize) {
+        unsafe { simd.store_some(to, value, count) }
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> f32 {
+        value
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+// SAFETY: as above.
+impl Element for bf16 {
+    const DEPTH: usize = 2;
+    type Factor<S: Simd> = S::Pairs;
+
+    #[inline(always)]
+    unsafe fn splat_factor<S: Simd>(simd: S, from: *const bf16) -> S::Pairs {
+        unsafe { simd.splat_pair(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_factor<S: Simd>(simd: S, from: *const bf16) -> S::Pairs {
+        unsafe { simd.load_pairs(from) }
+    }
+    #[inline(always)]
+    fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: S::Pairs, b: S::Pairs) -> S::F32 {
+        simd.dot(sums, a, b)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const bf16) -> S::F32 {
+        unsafe { simd.load_bf16(from) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, to: *mut bf16, value: S::F32) {
+        unsafe { simd.store_bf16(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn load_some<S: Simd>(simd: S, from: *const bf16, count: usize) -> S::F32 {
+        unsafe { simd.load_some_bf16(from, count) }
+    }
+    #[inline(always)]
+    unsafe fn store_some<S: Simd>(simd: S, to: *mut bf16, value: S::F32, count: usize) {
+        unsafe { simd.store_some_bf16(to, value, count) }
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> bf16 {
+        bf16::from_f32(value)
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+}

@@ -1,0 +1,103 @@
+//! Elementary functions of vectors, within a few units in the last place of `f32`.
+
+use super::simd::Simd;
+
+/// e^x within two units in the last place; below -87 about 1e-38, above 88 about 1e38.
+#[inline(always)]
+pub(in crate::ops) fn exp<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    // ln 2 in two parts, the first with trailing zeros, so that n · ln 2 keeps its precision.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // In this order a NaN stays one.
+    let x = simd.max(simd.splat(-87.3), simd.min(simd.splat(88.0), x));
+    let whole = round(simd, simd.mul(x, simd.splat(std::f32::consts::LOG2_E)));
+    let rest = simd.mul_add(whole, simd.splat(-LN_2_HIGH), x);
+    let rest = simd.mul_add(whole, simd.splat(-LN_2_LOW), rest);
+    // Taylor's series on |rest| <= ln 2 / 2, where the next term is below 1e-8.
+    let mut series = simd.splat(1.0 / 5040.0);
+    for term in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        series = simd.mul_add(series, rest, simd.splat(term));
+    }
+    simd.scale_by_power(series, whole)
+}
+
+/// The nearest whole number, for |x| below 2^22.
+#[inline(always)]
+fn round<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    // Adding it pushes the fraction out of the mantissa.
+    let rounder = simd.splat(12_582_912.0);
+    simd.sub(simd.add(x, rounder), rounder)
+}
+
+/// 2^x. The whole part goes into the exponent, the rest (at most half) through a polynomial whose
+/// relative error is below 2e-7 (Taylor's series about 0).
+#[inline(always)]
+pub(in crate::ops) fn exp2<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    // ln 2 to the n over n!
+    const TERMS: [f32; 7] = [
+        1.525_273_4e-5,
+        1.540_353e-4,
+        1.333_355_8e-3,
+        9.618_129e-3,
+        5.550_411e-2,
+        2.402_265_1e-1,
+        std::f32::consts::LN_2,
+    ];
+    // In this order a NaN stays one.
+    let x = simd.max(simd.splat(-126.0), simd.min(simd.splat(127.0), x));
+    let rounded = round(simd, x);
+    let rest = simd.sub(x, rounded);
+    let mut series = simd.splat(TERMS[0]);
+    for term in &TERMS[1..] {
+        series = simd.mul_add(series, rest, simd.splat(*term));
+    }
+    simd.scale_by_power(simd.mul_add(series, rest, simd.splat(1.0)), rounded)
+}
+
+/// x / (1 + e^-x).
+#[inline(always)]
+pub(in crate::ops) fn silu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    let one = simd.splat(1.0);
+    let power = exp(simd, simd.sub(simd.splat(0.0), x));
+    simd.mul(x, simd.reciprocal(simd.add(one, power)))
+}
+
+/// x · σ(1.702 x).
+#[inline(always)]
+pub(in crate::ops) fn quick_gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    let one = simd.splat(1.0);
+    let power = exp(simd, simd.mul(x, simd.splat(-1.702)));
+    simd.mul(x, simd.reciprocal(simd.add(one, power)))
+}
+
+/// x · Φ(x) = x/2 · erfc(-x/√2), the exact one.
+#[inline(always)]
+pub(in crate::ops) fn gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    let tail = erfc(simd, simd.mul(simd.abs(x), simd.splat(std::f32::consts::FRAC_1_SQRT_2)));
+    let chosen = select_negative(simd, x, tail, simd.sub(simd.splat(2.0), tail));
+    simd.mul(simd.mul(simd.splat(0.5), x), chosen)
+}
+
+/// `negative` where x < 0, else `positive`; both at most 2.
+#[inline(always)]
+fn select_negative<S: Simd>(simd: S, x: S::F32, negative: S::F32, positive: S::F32) -> S::F32 {
+    // A sign of ±1 makes one of the two weights 0 and the other 1, exactly.
+    let sign = simd.copy_sign(simd.splat(0.5), x);
+    let weight = simd.sub(simd.splat(0.5), sign);
+    simd.mul_add(weight, negative, simd.mul(simd.sub(simd.splat(1.0), weight), positive))
+}
+
+/// The complementary error function for x >= 0 as t · P(t) · exp(-x²) with t = 1 / (1 + 0.35 x), where
+/// P is a least-squares fit over 0 <= x <= 6 whose own absolute error is below 4e-9.
+#[inline(always)]
+fn erfc<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    const FIT: [f32; 7] =
+        [-0.192_573_05, 0.744_897_5, -0.622_766_1, 0.619_837_1, 0.032_038_96, 0.222_365_33, 0.196_200_22];
+    let t = simd.reciprocal(simd.mul_add(x, simd.splat(0.35), simd.splat(1.0)));
+    let mut fit = simd.splat(FIT[0]);
+    for term in &FIT[1..] {
+        fit = simd.mul_add(fit, t, simd.splat(*term));
+    }
+    let negative_square = simd.mul(x, simd.sub(simd.splat(0.0), x));
+    simd.mul(simd.mul(t, fit), exp(simd, negative_square))
+}

@@ -1,0 +1,114 @@
+//! Which instructions this processor has, and how a kernel written once is compiled for each of them.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use super::portable::Portable;
+use super::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::{amx, avx2::Avx2, avx512::Avx512, avx512::Avx512Bf16};
+
+/// An instruction set that there are kernels for, slowest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Isa {
+    /// Whatever the compiler makes of plain Rust.
+    Portable,
+    /// 256-bit vectors with fused multiply-add.
+    Avx2,
+    /// 512-bit vectors.
+    Avx512,
+    /// 512-bit vectors and the dot product of `bf16` pairs.
+    Avx512Bf16,
+    /// The above and tiles of `bf16`.
+    Amx,
+}
+
+impl Isa {
+    /// The best one of this processor; asked for once.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
+    }
+
+    /// All that this processor can run, slowest first.
+    pub fn available() -> Vec<Self> {
+        let all = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
+        all.into_iter().take_while(|isa| isa.is_available()).collect()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
+            Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16"),
+            Self::Amx => amx::is_available(),
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_available(self) -> bool {
+        self == Self::Portable
+    }
+
+    /// The word for it in logs and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx-bf16",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Work that is compiled for each instruction set.
+pub(in crate::ops) trait Kernel {
+    /// What it gives back.
+    type Output;
+
+    /// Does the work. Implementations and all that they call must be `#[inline(always)]`: only then do
+    /// they become part of a function that may use the instructions.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `kernel` with the instructions of `isa`, which must be available.
+#[cfg(target_arch = "x86_64")]
+pub(in crate::ops) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2<K: Kernel>(kernel: K, simd: Avx2) -> K::Output {
+        kernel.run(simd)
+    }
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn avx512<K: Kernel>(kernel: K, simd: Avx512) -> K::Output {
+        kernel.run(simd)
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn avx512_bf16<K: Kernel>(kernel: K, simd: Avx512Bf16) -> K::Output {
+        kernel.run(simd)
+    }
+    debug_assert!(isa <= Isa::best(), "{isa} is not available");
+    // SAFETY: an `Isa` comes from `available` alone, which has asked the processor.
+    unsafe {
+        match isa {
+            Isa::Portable => kernel.run(Portable),
+            Isa::Avx2 => avx2(kernel, Avx2::new()),
+            Isa::Avx512 => avx512(kernel, Avx512::new()),
+            Isa::Avx512Bf16 | Isa::Amx => avx512_bf16(kernel, Avx512Bf16::new()),
+        }
+    }
+}
+
+/// Runs `kernel` with what the compiler makes of it.
+#[cfg(not(target_arch = "x86_64"))]
+pub(in crate::ops) fn dispatch<K: Kernel>(_isa: Isa, kernel: K) -> K::Output {
+    kernel.run(Portable)
+}

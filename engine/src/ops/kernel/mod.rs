@@ -1,0 +1,27 @@
+//! The processor's kernels: written once over [`Simd`](simd::Simd), compiled for each instruction set,
+//! chosen when the program runs.
+//!
+//! Reading order: `isa` (which instructions there are), `simd` and its implementations, `element` (`f32`
+//! and `bf16` factors), `panels` (packed weights), `tile` (the innermost loop), `product` (blocks of
+//! positions times panels, and what is done with the sums), `functions`.
+
+// Kernels read and write raw memory throughout; every `unsafe fn` says what it needs, and the boundaries
+// (`product`, `windows`) check it once per block.
+#![allow(unsafe_code)]
+
+pub(super) mod element;
+pub(super) mod functions;
+pub(super) mod isa;
+pub(super) mod panels;
+pub(super) mod product;
+pub(super) mod simd;
+
+mod portable;
+mod tile;
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;

@@ -1,0 +1,111 @@
+//! Weights as the tile kernels read them, packed once at load.
+//!
+//! The outputs are cut into panels of [`PANEL`]. Within a panel the inner positions follow each other,
+//! each as the values of its [`PANEL`] outputs; `bf16` positions go in pairs, the two values of an output
+//! side by side. So one vector load (or one tile of sixteen lines) is what one multiply-add takes.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::element::Element;
+use crate::Result;
+use crate::ops::buffer::{Buffer, Format};
+use crate::ops::shared::Shared;
+
+/// Outputs of a panel: the lanes of the widest vector, and the columns of a tile.
+pub(in crate::ops) const PANEL: usize = 16;
+
+/// A packed right factor (inner, outputs).
+pub(in crate::ops) struct Panels {
+    values: Buffer,
+    /// Inner positions, a whole number of `DEPTH`s.
+    inner: usize,
+    /// Outputs that stand for something; the last panel is filled up with zeros.
+    outputs: usize,
+}
+
+impl Panels {
+    /// Packs `outputs` columns of `inner` positions; `fill(output, column)` writes one column, whose
+    /// values start as zeros. The positions are padded to whole `DEPTH`s of the format.
+    pub fn pack(
+        format: Format,
+        outputs: usize,
+        inner: usize,
+        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
+    ) -> Result<Self> {
+        match format {
+            Format::F32 => Self::pack_as::<f32>(outputs, inner, fill),
+            Format::Bf16 => Self::pack_as::<bf16>(outputs, inner, fill),
+        }
+    }
+
+    fn pack_as<E: Element>(
+        outputs: usize,
+        inner: usize,
+        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
+    ) -> Result<Self> {
+        let inner = inner.next_multiple_of(E::DEPTH);
+        let panels = outputs.div_ceil(PANEL);
+        let mut values = Buffer::new(E::FORMAT, panels * inner * PANEL)?;
+        let shared = Shared::new(values.values_mut::<E>());
+        (0..panels).into_par_iter().for_each_init(
+            || vec![0f32; inner],
+            |column, panel| {
+                // SAFETY: each task writes its own panel.
+                let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
+                for lane in 0..PANEL {
+                    column.fill(0.0);
+                    if panel * PANEL + lane < outputs {
+                        fill(panel * PANEL + lane, column);
+                    }
+                    for (step, values) in column.chunks_exact(E::DEPTH).enumerate() {
+                        for (index, value) in values.iter().enumerate() {
+                            target[(step * PANEL + lane) * E::DEPTH + index] = E::from_f32(*value);
+                        }
+                    }
+                }
+            },
+        );
+        Ok(Self { values, inner, outputs })
+    }
+
+    pub fn format(&self) -> Format {
+        self.values.format()
+    }
+
+    pub fn inner(&self) -> usize {
+        self.inner
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// The packed values: (panels, inner / DEPTH, [`PANEL`], DEPTH).
+    pub fn values<E: Element>(&self) -> &[E] {
+        self.values.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panel_holds_its_outputs_side_by_side_and_pairs_of_positions() {
+        let (outputs, inner) = (18, 3);
+        let fill = |output: usize, column: &mut [f32]| {
+            (0..inner).for_each(|at| column[at] = (output * 10 + at) as f32);
+        };
+        let single = Panels::pack(Format::F32, outputs, inner, fill).unwrap();
+        assert_eq!(single.values::<f32>()[..2], [0.0, 10.0]);
+        assert_eq!(single.values::<f32>()[PANEL], 1.0);
+        assert_eq!(single.values::<f32>()[3 * PANEL..3 * PANEL + 3], [160.0, 170.0, 0.0]);
+        let pairs = Panels::pack(Format::Bf16, outputs, inner, fill).unwrap();
+        assert_eq!((pairs.inner(), pairs.outputs()), (4, 18));
+        let values: Vec<f32> = pairs.values::<bf16>().iter().map(|value| value.to_f32()).collect();
+        assert_eq!(values[..4], [0.0, 1.0, 10.0, 11.0]);
+        // The fourth position does not exist.
+        assert_eq!(values[2 * PANEL..2 * PANEL + 4], [2.0, 0.0, 12.0, 0.0]);
+    }
+}

@@ -1,0 +1,266 @@
+//! Blocks of positions times panels of outputs, and what is done with the sums before they are stored.
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::functions::{gelu, quick_gelu, silu};
+use super::isa::Kernel;
+use super::panels::{PANEL, Panels};
+use super::simd::Simd;
+use super::tile::{Piece, Strip};
+use crate::ops::shared::Shared;
+
+/// Bytes of packed weights that are worked through before the next positions: half of a small
+/// second-level cache.
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// Panels whose sums are kept until they are whole.
+const GROUP: usize = 3;
+
+/// What follows the sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ops) enum Then {
+    Nothing,
+    Silu,
+    Gelu,
+    QuickGelu,
+    /// Panels alternate between values and their gates: value · gelu(gate).
+    Gate,
+}
+
+/// What is done with the sums.
+pub(in crate::ops) struct Finish<'a, E> {
+    /// (outputs): added everywhere.
+    pub bias: Option<&'a [f32]>,
+    /// (rows, outputs): added to all positions of a row.
+    pub per_row: Option<&'a [E]>,
+    /// As the output: added at its place.
+    pub residual: Option<&'a [E]>,
+    pub then: Then,
+}
+
+/// Neighbouring positions of one row.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) struct Line {
+    /// Where the first position's window starts in the left factor.
+    pub left: usize,
+    /// Where its outputs go.
+    pub output: usize,
+    pub row: usize,
+    pub positions: usize,
+}
+
+/// Positions times panels, on one thread.
+pub(in crate::ops) struct Block<'a, E> {
+    pub left: &'a [E],
+    pub lines: &'a [Line],
+    /// Values from one window to the next one of a line.
+    pub left_stride: usize,
+    /// Values from one position's outputs to the next one's.
+    pub output_stride: usize,
+    pub weight: &'a Panels,
+    /// Which of the weight's panels.
+    pub panels: Range<usize>,
+    /// The inner positions, in order.
+    pub pieces: &'a [Vec<Piece>],
+    pub finish: &'a Finish<'a, E>,
+    pub output: &'a Shared<'a, E>,
+    /// Room for [`sums_len`] values.
+    pub sums: &'a mut [f32],
+}
+
+/// Values that the sums of a block take.
+pub(in crate::ops) fn sums_len(positions: usize) -> usize {
+    positions * GROUP * PANEL
+}
+
+/// Cuts runs of inner positions (where they start in a window, and how many values) into chunks whose
+/// weights stay in a core's cache while all positions of a block pass.
+pub(in crate::ops) fn chunks<E: Element>(runs: impl IntoIterator<Item = (usize, usize)>) -> Vec<Vec<Piece>> {
+    let most = CHUNK_BYTES / (GROUP * PANEL * E::DEPTH * size_of::<E>());
+    let (mut chunks, mut chunk, mut room, mut first) = (Vec::new(), Vec::new(), most, 0);
+    for (left, len) in runs {
+        debug_assert!(len.is_multiple_of(E::DEPTH));
+        let (mut left, mut steps) = (left, len / E::DEPTH);
+        while steps > 0 {
+            let taken = steps.min(room);
+            chunk.push(Piece { left, first, steps: taken });
+            (left, first, steps, room) = (left + taken * E::DEPTH, first + taken, steps - taken, room - taken);
+            if room == 0 {
+                chunks.push(std::mem::take(&mut chunk));
+                room = most;
+            }
+        }
+    }
+    if !chunk.is_empty() {
+        chunks.push(chunk);
+    }
+    chunks
+}
+
+impl<E: Element> Block<'_, E> {
+    /// Panics unless every place that the block will touch is there.
+    fn check(&self) {
+        let reach = self.pieces.iter().flatten().map(|piece| piece.left + piece.steps * E::DEPTH).max().unwrap_or(0);
+        let steps: usize = self.pieces.iter().flatten().map(|piece| piece.steps).sum();
+        assert_eq!(steps * E::DEPTH, self.weight.inner(), "inner positions of a product");
+        assert!(self.panels.end * PANEL < self.weight.outputs() + PANEL, "panels of a product");
+        let outputs = self.outputs();
+        for line in self.lines.iter().filter(|line| line.positions > 0) {
+            let last = line.positions - 1;
+            assert!(line.left + last * self.left_stride + reach <= self.left.len(), "the left factor is too short");
+            assert!(line.output + last * self.output_stride + outputs <= self.output.len(), "the output is too short");
+            assert!(self.finish.per_row.is_none_or(|values| (line.row + 1) * outputs <= values.len()), "rows");
+        }
+        let positions: usize = self.lines.iter().map(|line| line.positions).sum();
+        assert!(sums_len(positions) <= self.sums.len(), "room for the sums");
+        assert!(self.finish.bias.is_none_or(|bias| bias.len() == self.weight.outputs()), "size of a bias");
+        assert!(self.finish.residual.is_none_or(|values| values.len() == self.output.len()), "size of a residual");
+    }
+
+    /// Outputs of a position.
+    fn outputs(&self) -> usize {
+        if self.finish.then == Then::Gate { self.weight.outputs() / 2 } else { self.weight.outputs() }
+    }
+
+    /// The sums of the panels `group` at all positions.
+    #[inline(always)]
+    fn sum<S: Simd>(&mut self, simd: S, group: &Range<usize>) {
+        let per_panel = PANEL / S::LANES;
+        let (first, count) = (group.start * per_panel, group.len() * per_panel);
+        let width = count.div_ceil(count.div_ceil(S::TILE.1));
+        let sums_stride = group.len() * PANEL;
+        for (chunk, pieces) in self.pieces.iter().enumerate() {
+            for vector in (0..count).step_by(width) {
+                let mut at = 0;
+                for line in self.lines {
+                    let strip = Strip {
+                        left: self.left.as_ptr().wrapping_add(line.left),
+                        left_stride: self.left_stride,
+                        positions: line.positions,
+                        right: self.weight.values::<E>().as_ptr(),
+                        inner: self.weight.inner(),
+                        vector: first + vector,
+                        vectors: width.min(count - vector),
+                        pieces,
+                        sums: self.sums.as_mut_ptr().wrapping_add(at * sums_stride + vector * S::LANES),
+                        sums_stride,
+                        go_on: chunk > 0,
+                    };
+                    // SAFETY: `check` saw to the left factor, the weights and the room for the sums.
+                    unsafe {
+                        strip.run(simd);
+                    }
+                    at += line.positions;
+                }
+            }
+        }
+    }
+
+    /// Finishes and stores the sums of the panels `group` at all positions.
+    #[inline(always)]
+    fn store<S: Simd>(&self, simd: S, group: &Range<usize>) {
+        let sums_stride = group.len() * PANEL;
+        let gated = self.finish.then == Then::Gate;
+        let panels = if gated { group.start / 2..group.end / 2 } else { group.clone() };
+        let outputs = self.outputs();
+        let mut at = 0;
+        for line in self.lines {
+            for position in 0..line.positions {
+                let target = line.output + position * self.output_stride;
+                for (index, panel) in panels.clone().enumerate() {
+                    for lane in (0..PANEL).step_by(S::LANES) {
+                        let output = panel * PANEL + lane;
+                        if output >= outputs {
+                            break;
+                        }
+                        let column = if gated { 2 * index * PANEL } else { index * PANEL } + lane;
+                        let sums = self.sums.as_ptr().wrapping_add((at + position) * sums_stride + column);
+                        let place = Place { output, count: S::LANES.min(outputs - output), row: line.row, target };
+                        // SAFETY: `check` saw to every place.
+                        unsafe {
+                            self.finish_vector(simd, sums, place);
+                        }
+                    }
+                }
+            }
+            at += line.positions;
+        }
+    }
+
+    /// # Safety
+    /// `sums` and `place` must be of this block.
+    #[inline(always)]
+    unsafe fn finish_vector<S: Simd>(&self, simd: S, sums: *const f32, place: Place) {
+        let Place { output, count, row, target } = place;
+        let outputs = self.outputs();
+        let gated = self.finish.then == Then::Gate;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut value = simd.load(sums);
+            if let Some(bias) = self.finish.bias {
+                // Values and gates lie in one bias as in the checkpoint: first all values.
+                value = simd.add(value, some::<S, f32>(simd, bias.as_ptr().add(output), count));
+                if gated {
+                    let gate = some::<S, f32>(simd, bias.as_ptr().add(outputs + output), count);
+                    let gate = simd.add(simd.load(sums.add(PANEL)), gate);
+                    value = simd.mul(value, gelu(simd, gate));
+                }
+            } else if gated {
+                value = simd.mul(value, gelu(simd, simd.load(sums.add(PANEL))));
+            }
+            if let Some(values) = self.finish.per_row {
+                value = simd.add(value, some(simd, values.as_ptr().add(row * outputs + output), count));
+            }
+            if let Some(values) = self.finish.residual {
+                value = simd.add(value, some(simd, values.as_ptr().add(target + output), count));
+            }
+            let value = match self.finish.then {
+                Then::Nothing | Then::Gate => value,
+                Then::Silu => silu(simd, value),
+                Then::Gelu => gelu(simd, value),
+                Then::QuickGelu => quick_gelu(simd, value),
+            };
+            let to = self.output.at(target + output);
+            if count == S::LANES {
+                E::store(simd, to, value);
+            } else {
+                E::store_some(simd, to, value, count);
+            }
+        }
+    }
+}
+
+/// A vector of outputs of one position.
+#[derive(Clone, Copy)]
+struct Place {
+    output: usize,
+    count: usize,
+    row: usize,
+    target: usize,
+}
+
+/// # Safety
+/// `from` must be readable for `count` values, at most a vector's.
+#[inline(always)]
+unsafe fn some<S: Simd, E: Element>(simd: S, from: *const E, count: usize) -> S::F32 {
+    // SAFETY: the caller's promise.
+    unsafe { if count == S::LANES { E::load(simd, from) } else { E::load_some(simd, from, count) } }
+}
+
+impl<E: Element> Kernel for Block<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        self.check();
+        let group = if self.finish.then == Then::Gate { 2 } else { GROUP };
+        let mut start = self.panels.start;
+        while start < self.panels.end {
+            let panels = start..self.panels.end.min(start + group);
+            self.sum(simd, &panels);
+            self.store(simd, &panels);
+            start += group;
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What a kernel may do with vectors of `f32`, whatever their width.
+
+use half::bf16;
+
+/// One instruction set's vectors. A value of the type proves that the processor has them.
+///
+/// Every method is inlined into a function that may use the instructions; see
+/// [`Kernel`](super::isa::Kernel).
+pub(in crate::ops) trait Simd: Copy + Send + Sync {
+    /// [`Simd::LANES`] numbers.
+    type F32: Copy;
+    /// [`Simd::LANES`] pairs of `bf16`.
+    type Pairs: Copy;
+    /// Numbers in a vector: a divisor of 16.
+    const LANES: usize;
+    /// Positions × vectors of outputs whose sums fit into the registers.
+    const TILE: (usize, usize);
+
+    fn splat(self, value: f32) -> Self::F32;
+    /// # Safety
+    /// `from` must be readable for [`Simd::LANES`] values; no alignment is asked for.
+    unsafe fn load(self, from: *const f32) -> Self::F32;
+    /// # Safety
+    /// `to` must be writable for [`Simd::LANES`] values.
+    unsafe fn store(self, to: *mut f32, value: Self::F32);
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::F32;
+    /// Rounds to nearest, ties to even.
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store_bf16(self, to: *mut bf16, value: Self::F32);
+
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a · b + c, rounded once where the processor can.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// A NaN on either side gives `b`.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// A NaN on either side gives `b`.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// 1 / a within two units in the last place, for a > 0.
+    fn reciprocal(self, a: Self::F32) -> Self::F32;
+    fn abs(self, a: Self::F32) -> Self::F32;
+    /// `magnitude` with the sign of `sign`.
+    fn copy_sign(self, magnitude: Self::F32, sign: Self::F32) -> Self::F32;
+    /// a · 2^n for whole n of -126 to 127.
+    fn scale_by_power(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// The sum of the lanes, always in the same order.
+    fn sum(self, a: Self::F32) -> f32;
+    /// The largest lane.
+    fn largest(self, a: Self::F32) -> f32;
+
+    /// One pair in every lane.
+    /// # Safety
+    /// `from` must be readable for two values.
+    unsafe fn splat_pair(self, from: *const bf16) -> Self::Pairs;
+    /// # Safety
+    /// `from` must be readable for 2 × [`Simd::LANES`] values.
+    unsafe fn load_pairs(self, from: *const bf16) -> Self::Pairs;
+    /// sums + a₀ · b₀ + a₁ · b₁ of each pair, in `f32`.
+    fn dot(self, sums: Self::F32, a: Self::Pairs, b: Self::Pairs) -> Self::F32;
+
+    /// The first `count` values, zeros behind them.
+    /// # Safety
+    /// `from` must be readable for `count` values, of which there are at most [`Simd::LANES`].
+    #[inline(always)]
+    unsafe fn load_some(self, from: *const f32, count: usize) -> Self::F32 {
+        let mut values = [0f32; 16];
+        // SAFETY: the caller's promise; 16 is the widest vector.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
+            self.load(values.as_ptr())
+        }
+    }
+
+    /// # Safety
+    /// `to` must be writable for `count` values, of which there are at most [`Simd::LANES`].
+    #[inline(always)]
+    unsafe fn store_some(self, to: *mut f32, value: Self::F32, count: usize) {
+        let mut values = [0f32; 16];
+        // SAFETY: as above.
+        unsafe {
+            self.store(values.as_mut_ptr(), value);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
+        }
+    }
+
+    /// As [`Simd::load_some`].
+    /// # Safety
+    /// As [`Simd::load_some`].
+    #[inline(always)]
+    unsafe fn load_some_bf16(self, from: *const bf16, count: usize) -> Self::F32 {
+        let mut values = [bf16::ZERO; 16];
+        // SAFETY: as above.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), count);
+            self.load_bf16(values.as_ptr())
+        }
+    }
+
+    /// As [`Simd::store_some`].
+    /// # Safety
+    /// As [`Simd::store_some`].
+    #[inline(always)]
+    unsafe fn store_some_bf16(self, to: *mut bf16, value: Self::F32, count: usize) {
+        let mut values = [bf16::ZERO; 16];
+        // SAFETY: as above.
+        unsafe {
+            self.store_bf16(values.as_mut_ptr(), value);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, count);
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Layer norm.
+
+use candle_core::{D, DType};
+use half::bf16;
+
+use super::buffer::{Buffer, Format};
+use super::kernel::element::Element;
+use super::kernel::isa::{Isa, Kernel, dispatch};
+use super::kernel::simd::Simd;
+use super::misuse;
+use super::parameter::Parameter;
+use super::shared::{Shared, run_tasks};
+use super::tensor::Tensor;
+use crate::Result;
+
+/// Normalises each token over its channels.
+pub(crate) struct LayerNorm {
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    epsilon: f64,
+}
+
+impl LayerNorm {
+    /// A norm from (channels) weight and bias.
+    pub fn new(weight: &Parameter<'_>, bias: &Parameter<'_>, epsilon: f64) -> Result<Self> {
+        let (weight, bias) = (weight.values(), bias.values());
+        if weight.len() != bias.len() {
+            return Err(misuse(format!("a layer norm of {} weights and {} biases", weight.len(), bias.len())));
+        }
+        Ok(Self { weight, bias, epsilon })
+    }
+
+    /// (rows, …, channels), normalised.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let channels = self.weight.len();
+        if x.dims().last() != Some(&channels) {
+            return Err(misuse(format!("a layer norm of {channels} channels was given {:?}", x.dims())));
+        }
+        if let Some(x) = x.device_values() {
+            return Ok(Tensor::on_device(self.on_device(x)?));
+        }
+        let resolved = x.resolved()?;
+        let from = resolved.host()?;
+        let mut output = Buffer::new(from.format(), from.len())?;
+        match from.format() {
+            Format::F32 => self.on_host::<f32>(from.values(), output.values_mut()),
+            Format::Bf16 => self.on_host::<bf16>(from.values(), output.values_mut()),
+        }?;
+        Ok(Tensor::on_host(output, x.dims()))
+    }
+
+    fn on_host<E: Element>(&self, from: &[E], to: &mut [E]) -> Result<()> {
+        /// Work per value, in multiply-adds.
+        const WORK: usize = 16;
+        /// Values of a task.
+        const VALUES: usize = 64 * 1024;
+        let channels = self.weight.len();
+        let part = (VALUES / channels.max(1)).max(1) * channels;
+        let shared = Shared::new(to);
+        run_tasks(from.len().div_ceil(part.max(1)), WORK * from.len(), |task| {
+            let range = task * part..from.len().min((task + 1) * part);
+            // SAFETY: each task writes its own tokens.
+            #[allow(unsafe_code)]
+            let to = unsafe { shared.part(range.clone()) };
+            dispatch(Isa::best(), Normalise { norm: self, from: &from[range], to });
+            Ok(())
+        })
+    }
+
+    fn on_device(&self, x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
+        let dtype = x.dtype();
+        let x = x.to_dtype(DType::F32)?;
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normal = centred.broadcast_div(&(variance + self.epsilon)?.sqrt()?)?;
+        let weight = candle_core::Tensor::new(self.weight.as_slice(), x.device())?;
+        let bias = candle_core::Tensor::new(self.bias.as_slice(), x.device())?;
+        Ok(normal.broadcast_mul(&weight)?.broadcast_add(&bias)?.to_dtype(dtype)?)
+    }
+}
+
+struct Normalise<'a, E> {
+    norm: &'a LayerNorm,
+    from: &'a [E],
+    to: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Normalise<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let LayerNorm { weight, bias, epsilon } = self.norm;
+        let channels = weight.len();
+        for (from, to) in self.from.chunks_exact(channels).zip(self.to.chunks_exact_mut(channels)) {
+            let mean = total(simd, from, 0.0, false) / channels as f32;
+            let variance = total(simd, from, mean, true) / channels as f32;
+            let scale = simd.splat(1.0 / (variance + *epsilon as f32).sqrt());
+            let mean = simd.splat(mean);
+            for at in (0..channels).step_by(S::LANES) {
+                let count = S::LANES.min(channels - at);
+                // SAFETY: `at` and `count` stay within all four.
+                #[allow(unsafe_code)]
+                unsafe {
+                    let (weight, bias) = (weight.as_ptr().add(at), bias.as_ptr().add(at));
+                    let (from, to) = (from.as_ptr().add(at), to.as_mut_ptr().add(at));
+                    if count == S::LANES {
+                        let normal = simd.mul(simd.sub(E::load(simd, from), mean), scale);
+                        E::store(simd, to, simd.mul_add(normal, simd.load(weight), simd.load(bias)));
+                    } else {
+                        let normal = simd.mul(simd.sub(E::load_some(simd, from, count), mean), scale);
+                        let (weight, bias) = (simd.load_some(weight, count), simd.load_some(bias, count));
+                        E::store_some(simd, to, simd.mul_add(normal, weight, bias), count);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The sum of all values' distances from `centre`, or of their squares.
+#[inline(always)]
+fn total<S: Simd, E: Element>(simd: S, values: &[E], centre: f32, squared: bool) -> f32 {
+    let centre_lanes = simd.splat(centre);
+    let term = |sum, value| {
+        let distance = simd.sub(value, centre_lanes);
+        if squared { simd.mul_add(distance, distance, sum) } else { simd.add(sum, distance) }
+    };
+    let mut sums = [simd.splat(0.0); 2];
+    let whole = values.len() / S::LANES * S::LANES;
+    for at in (0..whole).step_by(S::LANES) {
+        // SAFETY: a whole vector lies behind `at`.
+        #[allow(unsafe_code)]
+        let value = unsafe { E::load(simd, values.as_ptr().add(at)) };
+        sums[at / S::LANES % 2] = term(sums[at / S::LANES % 2], value);
+    }
+    let rest = values[whole..].iter().map(|value| {
+        let distance = value.to_f32() - centre;
+        if squared { distance * distance } else { distance }
+    });
+    simd.sum(simd.add(sums[0], sums[1])) + rest.sum::<f32>()
+}
