@@ -8,8 +8,9 @@ use super::kernel::panels::Panels;
 use super::kernel::product::{Finish, Then};
 use super::parameter::Parameter;
 use super::shared::Shared;
-use super::tensor::{Place, Tensor, Values};
+use super::tensor::{Host, Place, Tensor, Values};
 use super::windows::{Call, Map, Placing, Windows};
+use super::winograd::Winograd;
 use super::{layout, misuse};
 use crate::Result;
 
@@ -39,15 +40,18 @@ pub(crate) struct Conv2d {
 }
 
 enum Weight {
-    Host {
-        panels: Panels,
-        bias: Option<Vec<f32>>,
-    },
+    Host { packed: Packed, bias: Option<Vec<f32>> },
     /// (out, in, kernel height, kernel width) as in the checkpoint, and (out).
     Device {
         weight: candle_core::Tensor,
         bias: Option<candle_core::Tensor>,
     },
+}
+
+/// A weight as one of the ways to compute a convolution on the host wants it.
+pub(super) enum Packed {
+    Windows(Panels),
+    Winograd(Winograd),
 }
 
 /// What a convolution adds to its result.
@@ -70,10 +74,13 @@ impl Conv2d {
                 weight: weight.on_device(place)?,
                 bias: bias.map(|bias| bias.on_device(place)).transpose()?,
             },
-            Some(format) => Weight::Host {
-                panels: pack(format, weight, outputs, inputs, kernel_height * kernel_width)?,
-                bias: bias.map(|bias| bias.values()),
-            },
+            Some(format) => {
+                let packed = match winograd_format(format, kernel, shape, inputs * outputs) {
+                    Some(factors) => Packed::Winograd(Winograd::new(weight, outputs, inputs, factors)?),
+                    None => Packed::Windows(pack(format, weight, outputs, inputs, kernel_height * kernel_width)?),
+                };
+                Weight::Host { packed, bias: bias.map(|bias| bias.values()) }
+            }
         };
         Ok(Self { weight: packed, shape, kernel, inputs, outputs })
     }
@@ -112,7 +119,7 @@ impl Conv2d {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
                 Ok(Tensor::on_device(on_device(x, weight, bias.as_ref(), self.shape, added)?))
             }
-            (Weight::Host { panels, bias }, Values::Host(_)) => {
+            (Weight::Host { packed, bias }, Values::Host(host)) => {
                 let before = self.shape.padding.0;
                 let windows = Windows {
                     kernel: self.kernel,
@@ -120,9 +127,10 @@ impl Conv2d {
                     before: (before, before),
                     outputs: (down, across),
                 };
-                let output = match panels.format() {
-                    Format::F32 => on_host::<f32>(x, panels, bias.as_deref(), windows, added),
-                    Format::Bf16 => on_host::<bf16>(x, panels, bias.as_deref(), windows, added),
+                let call = HostCall { x, bias: bias.as_deref(), added, outputs: self.outputs };
+                let output = match host.buffer.format() {
+                    Format::F32 => call.run::<f32>(packed, windows),
+                    Format::Bf16 => call.run::<bf16>(packed, windows),
                 }?;
                 Ok(Tensor::on_host(output, &dims))
             }
@@ -163,45 +171,79 @@ impl Added<'_> {
     }
 }
 
-fn on_host<E: Element>(
-    x: &Tensor,
-    panels: &Panels,
-    bias: Option<&[f32]>,
-    windows: Windows,
-    added: Added<'_>,
-) -> Result<Buffer> {
-    let (rows, height, width, channels) = x.dims4()?;
-    let (down, across) = windows.outputs;
-    let outputs = panels.outputs();
-    let mut output = Buffer::new(E::FORMAT, rows * down * across * outputs)?;
-    let placing = Placing { first: 0, row: down * across * outputs, line: across * outputs, position: outputs };
-    run_windows::<E>(x, Map { height, width, channels }, panels, bias, windows, added, placing, &mut output)?;
-    Ok(output)
+/// The format of the factors if minimal filtering pays: where the weight is small beside the maps it
+/// meets, as all are that see large maps.
+fn winograd_format(
+    format: Format,
+    kernel: (usize, usize),
+    shape: ConvShape,
+    weights: usize,
+) -> Option<Format> {
+    let fits = kernel == (3, 3) && shape == ConvShape::same(3);
+    // Few channels leave more to transform than to multiply.
+    let most = match format {
+        Format::F32 => 1 << 19,
+        Format::Bf16 => 1 << 22,
+    };
+    (fits && (1 << 12..=most).contains(&weights)).then_some(format)
 }
 
-/// One convolution whose outputs go where `placing` says.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn run_windows<E: Element>(
-    x: &Tensor,
-    map: Map,
-    panels: &Panels,
-    bias: Option<&[f32]>,
-    windows: Windows,
-    added: Added<'_>,
-    placing: Placing,
-    output: &mut Buffer,
-) -> Result<()> {
-    let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
-    let (per_row, residual) = match added {
-        Added::Nothing => (None, None),
-        Added::PerRow(values) => (Some(values.resolved()?), None),
-        Added::Residual(values) => (None, Some(values.resolved()?)),
-    };
-    let per_row = per_row.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
-    let residual = residual.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
-    let finish = Finish { bias, per_row, residual, then: Then::Nothing };
-    let call = Call { host, rows: x.dims()[0], map, windows, weight: panels, finish: &finish, placing };
-    call.run(&Shared::new(output.values_mut::<E>()))
+/// One use of a convolution on the host.
+pub(super) struct HostCall<'a> {
+    pub x: &'a Tensor,
+    pub bias: Option<&'a [f32]>,
+    pub added: Added<'a>,
+    pub outputs: usize,
+}
+
+impl HostCall<'_> {
+    /// The whole output, position after position.
+    fn run<E: Element>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
+        let (rows, outputs, (down, across)) = (self.x.dims()[0], self.outputs, windows.outputs);
+        let mut output = Buffer::new(E::FORMAT, rows * down * across * outputs)?;
+        match packed {
+            Packed::Windows(panels) => {
+                let placing =
+                    Placing { first: 0, row: down * across * outputs, line: across * outputs, position: outputs };
+                self.run_windows::<E>(panels, windows, placing, &mut output)?;
+            }
+            Packed::Winograd(winograd) => self.finish::<E>(|host, map, finish| {
+                winograd.run(host, rows, map, finish, &Shared::new(output.values_mut()))
+            })?,
+        }
+        Ok(output)
+    }
+
+    /// Outputs that go where `placing` says.
+    pub fn run_windows<E: Element>(
+        &self,
+        weight: &Panels,
+        windows: Windows,
+        placing: Placing,
+        output: &mut Buffer,
+    ) -> Result<()> {
+        self.finish::<E>(|host, map, finish| {
+            let call = Call { host, rows: self.x.dims()[0], map, windows, weight, finish, placing };
+            call.run(&Shared::new(output.values_mut::<E>()))
+        })
+    }
+
+    /// Calls `compute` with the input's values and what is done with the sums.
+    fn finish<E: Element>(&self, compute: impl FnOnce(&Host, Map, &Finish<'_, E>) -> Result<()>) -> Result<()> {
+        let Values::Host(host) = &self.x.values else {
+            return Err(misuse("a tensor is not on the host".to_owned()));
+        };
+        let (_, height, width, channels) = self.x.dims4()?;
+        let (per_row, residual) = match self.added {
+            Added::Nothing => (None, None),
+            Added::PerRow(values) => (Some(values.resolved()?), None),
+            Added::Residual(values) => (None, Some(values.resolved()?)),
+        };
+        let per_row = per_row.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
+        let residual = residual.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
+        let finish = Finish { outputs: self.outputs, bias: self.bias, per_row, residual, then: Then::Nothing };
+        compute(host, Map { height, width, channels }, &finish)
+    }
 }
 
 fn on_device(

@@ -164,7 +164,7 @@ impl Call<'_> {
     fn run<E: Element>(&self, x: &Tensor, residual: Option<&Buffer>) -> Result<Buffer> {
         let mut output = Buffer::new(E::FORMAT, self.rows * self.positions * self.outputs)?;
         let finish =
-            Finish { bias: self.bias, per_row: None, residual: residual.map(Buffer::values::<E>), then: self.then };
+            Finish { outputs: self.outputs, bias: self.bias, per_row: None, residual: residual.map(Buffer::values::<E>), then: self.then };
         let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
         let inputs = x.dims()[x.dims().len() - 1];
         let ready = host.pending.is_none() && inputs == self.panels.inner() && host.buffer.format() == E::FORMAT;

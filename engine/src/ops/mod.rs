@@ -30,6 +30,7 @@ mod buffer;
 mod kernel;
 mod shared;
 mod windows;
+mod winograd;
 
 #[cfg(test)]
 mod reference;

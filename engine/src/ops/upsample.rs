@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use half::bf16;
 
 use super::buffer::{Buffer, Format, Value};
-use super::conv::{Added, Conv2d, ConvShape, run_windows};
+use super::conv::{Added, Conv2d, ConvShape, HostCall};
 use super::kernel::element::Element;
 use super::kernel::panels::Panels;
 use super::parameter::Parameter;
@@ -140,6 +140,7 @@ fn pack_phase(
 fn double<E: Element>(x: &Tensor, map: Map, phases: &[Panels; 4], bias: &[f32], dims: [usize; 4]) -> Result<Buffer> {
     let [rows, height, width, outputs] = dims;
     let mut output = Buffer::new(E::FORMAT, rows * height * width * outputs)?;
+    let call = HostCall { x, bias: Some(bias), added: Added::Nothing, outputs };
     for (index, panels) in phases.iter().enumerate() {
         let (line, column) = (index / 2, index % 2);
         let windows =
@@ -150,7 +151,7 @@ fn double<E: Element>(x: &Tensor, map: Map, phases: &[Panels; 4], bias: &[f32], 
             line: 2 * width * outputs,
             position: 2 * outputs,
         };
-        run_windows::<E>(x, map, panels, Some(bias), windows, Added::Nothing, placing, &mut output)?;
+        call.run_windows::<E>(panels, windows, placing, &mut output)?;
     }
     Ok(output)
 }

@@ -15,6 +15,7 @@ pub(super) mod isa;
 pub(super) mod panels;
 pub(super) mod product;
 pub(super) mod simd;
+pub(super) mod winograd;
 
 mod portable;
 mod tile;

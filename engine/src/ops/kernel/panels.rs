@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::element::Element;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
+use crate::ops::misuse;
 use crate::ops::shared::Shared;
 
 /// Outputs of a panel: the lanes of the widest vector, and the columns of a tile.
@@ -33,40 +34,57 @@ impl Panels {
         inner: usize,
         fill: impl Fn(usize, &mut [f32]) + Send + Sync,
     ) -> Result<Self> {
+        let mut parts = Self::pack_parts(format, 1, outputs, inner, fill)?;
+        parts.pop().ok_or_else(|| misuse("a factor without parts".to_owned()))
+    }
+
+    /// Packs several factors of one shape; `fill(output, columns)` writes an output's columns of all of
+    /// them, each padded to whole `DEPTH`s, one after the other.
+    pub fn pack_parts(
+        format: Format,
+        parts: usize,
+        outputs: usize,
+        inner: usize,
+        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
+    ) -> Result<Vec<Self>> {
         match format {
-            Format::F32 => Self::pack_as::<f32>(outputs, inner, fill),
-            Format::Bf16 => Self::pack_as::<bf16>(outputs, inner, fill),
+            Format::F32 => Self::pack_as::<f32>(parts, outputs, inner, fill),
+            Format::Bf16 => Self::pack_as::<bf16>(parts, outputs, inner, fill),
         }
     }
 
     fn pack_as<E: Element>(
+        parts: usize,
         outputs: usize,
         inner: usize,
         fill: impl Fn(usize, &mut [f32]) + Send + Sync,
-    ) -> Result<Self> {
+    ) -> Result<Vec<Self>> {
         let inner = inner.next_multiple_of(E::DEPTH);
         let panels = outputs.div_ceil(PANEL);
-        let mut values = Buffer::new(E::FORMAT, panels * inner * PANEL)?;
-        let shared = Shared::new(values.values_mut::<E>());
+        let mut buffers =
+            (0..parts).map(|_| Buffer::new(E::FORMAT, panels * inner * PANEL)).collect::<Result<Vec<_>>>()?;
+        let shared: Vec<_> = buffers.iter_mut().map(|buffer| Shared::new(buffer.values_mut::<E>())).collect();
         (0..panels).into_par_iter().for_each_init(
-            || vec![0f32; inner],
-            |column, panel| {
-                // SAFETY: each task writes its own panel.
-                let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
+            || vec![0f32; parts * inner],
+            |columns, panel| {
                 for lane in 0..PANEL {
-                    column.fill(0.0);
+                    columns.fill(0.0);
                     if panel * PANEL + lane < outputs {
-                        fill(panel * PANEL + lane, column);
+                        fill(panel * PANEL + lane, columns);
                     }
-                    for (step, values) in column.chunks_exact(E::DEPTH).enumerate() {
-                        for (index, value) in values.iter().enumerate() {
-                            target[(step * PANEL + lane) * E::DEPTH + index] = E::from_f32(*value);
+                    for (column, shared) in columns.chunks_exact(inner).zip(&shared) {
+                        // SAFETY: each task writes its own panel.
+                        let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
+                        for (step, values) in column.chunks_exact(E::DEPTH).enumerate() {
+                            for (index, value) in values.iter().enumerate() {
+                                target[(step * PANEL + lane) * E::DEPTH + index] = E::from_f32(*value);
+                            }
                         }
                     }
                 }
             },
         );
-        Ok(Self { values, inner, outputs })
+        Ok(buffers.into_iter().map(|values| Self { values, inner, outputs }).collect())
     }
 
     pub fn format(&self) -> Format {

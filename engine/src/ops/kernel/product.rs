@@ -30,6 +30,8 @@ pub(in crate::ops) enum Then {
 
 /// What is done with the sums.
 pub(in crate::ops) struct Finish<'a, E> {
+    /// Outputs of a position; with gates half as many as the bias has.
+    pub outputs: usize,
     /// (outputs): added everywhere.
     pub bias: Option<&'a [f32]>,
     /// (rows, outputs): added to all positions of a row.
@@ -105,22 +107,17 @@ impl<E: Element> Block<'_, E> {
         let steps: usize = self.pieces.iter().flatten().map(|piece| piece.steps).sum();
         assert_eq!(steps * E::DEPTH, self.weight.inner(), "inner positions of a product");
         assert!(self.panels.end * PANEL < self.weight.outputs() + PANEL, "panels of a product");
-        let outputs = self.outputs();
+        let outputs = self.finish.outputs;
         for line in self.lines.iter().filter(|line| line.positions > 0) {
             let last = line.positions - 1;
             assert!(line.left + last * self.left_stride + reach <= self.left.len(), "the left factor is too short");
             assert!(line.output + last * self.output_stride + outputs <= self.output.len(), "the output is too short");
-            assert!(self.finish.per_row.is_none_or(|values| (line.row + 1) * outputs <= values.len()), "rows");
+            self.finish.check(line.row, self.output.len());
         }
+        let columns = if self.finish.then == Then::Gate { 2 * outputs.next_multiple_of(PANEL) } else { outputs };
+        assert_eq!(self.weight.outputs(), columns, "outputs of a product");
         let positions: usize = self.lines.iter().map(|line| line.positions).sum();
         assert!(sums_len(positions) <= self.sums.len(), "room for the sums");
-        assert!(self.finish.bias.is_none_or(|bias| bias.len() == self.weight.outputs()), "size of a bias");
-        assert!(self.finish.residual.is_none_or(|values| values.len() == self.output.len()), "size of a residual");
-    }
-
-    /// Outputs of a position.
-    fn outputs(&self) -> usize {
-        if self.finish.then == Then::Gate { self.weight.outputs() / 2 } else { self.weight.outputs() }
     }
 
     /// The sums of the panels `group` at all positions.
@@ -163,7 +160,7 @@ impl<E: Element> Block<'_, E> {
         let sums_stride = group.len() * PANEL;
         let gated = self.finish.then == Then::Gate;
         let panels = if gated { group.start / 2..group.end / 2 } else { group.clone() };
-        let outputs = self.outputs();
+        let outputs = self.finish.outputs;
         let mut at = 0;
         for line in self.lines {
             for position in 0..line.positions {
@@ -193,35 +190,66 @@ impl<E: Element> Block<'_, E> {
     #[inline(always)]
     unsafe fn finish_vector<S: Simd>(&self, simd: S, sums: *const f32, place: Place) {
         let Place { output, count, row, target } = place;
-        let outputs = self.outputs();
-        let gated = self.finish.then == Then::Gate;
+        let outputs = self.finish.outputs;
         // SAFETY: the caller's promise.
         unsafe {
             let mut value = simd.load(sums);
-            if let Some(bias) = self.finish.bias {
+            if self.finish.then == Then::Gate {
+                let mut gate = simd.load(sums.add(PANEL));
                 // Values and gates lie in one bias as in the checkpoint: first all values.
-                value = simd.add(value, some::<S, f32>(simd, bias.as_ptr().add(output), count));
-                if gated {
-                    let gate = some::<S, f32>(simd, bias.as_ptr().add(outputs + output), count);
-                    let gate = simd.add(simd.load(sums.add(PANEL)), gate);
-                    value = simd.mul(value, gelu(simd, gate));
+                if let Some(bias) = self.finish.bias {
+                    value = simd.add(value, some(simd, bias.as_ptr().add(output), count));
+                    gate = simd.add(gate, some(simd, bias.as_ptr().add(outputs + output), count));
                 }
-            } else if gated {
-                value = simd.mul(value, gelu(simd, simd.load(sums.add(PANEL))));
+                value = simd.mul(value, gelu(simd, gate));
             }
-            if let Some(values) = self.finish.per_row {
-                value = simd.add(value, some(simd, values.as_ptr().add(row * outputs + output), count));
+            self.finish.store(simd, value, self.output.at(target + output), (row, output, target, count));
+        }
+    }
+}
+
+impl<E: Element> Finish<'_, E> {
+    /// Panics unless what is added is there for `row` of an output of `len` values.
+    pub fn check(&self, row: usize, len: usize) {
+        let outputs = self.outputs;
+        let biases = if self.then == Then::Gate { 2 * outputs } else { outputs };
+        assert!(self.bias.is_none_or(|bias| bias.len() == biases), "size of a bias");
+        assert!(self.per_row.is_none_or(|values| (row + 1) * outputs <= values.len()), "rows of what is added");
+        assert!(self.residual.is_none_or(|values| values.len() == len), "size of a residual");
+    }
+
+    /// Finishes and stores `count` sums of outputs from `output` on, at a position of `row` whose outputs
+    /// start at `target`.
+    ///
+    /// # Safety
+    /// The place must be of what [`Finish::check`] saw, and `to` writable for `count` values.
+    #[inline(always)]
+    pub unsafe fn store<S: Simd>(
+        &self,
+        simd: S,
+        value: S::F32,
+        to: *mut E,
+        (row, output, target, count): (usize, usize, usize, usize),
+    ) {
+        let mut value = value;
+        // SAFETY: the caller's promise.
+        unsafe {
+            // A gate's bias went in before the gate.
+            if let (Some(bias), true) = (self.bias, self.then != Then::Gate) {
+                value = simd.add(value, some(simd, bias.as_ptr().add(output), count));
             }
-            if let Some(values) = self.finish.residual {
+            if let Some(values) = self.per_row {
+                value = simd.add(value, some(simd, values.as_ptr().add(row * self.outputs + output), count));
+            }
+            if let Some(values) = self.residual {
                 value = simd.add(value, some(simd, values.as_ptr().add(target + output), count));
             }
-            let value = match self.finish.then {
+            let value = match self.then {
                 Then::Nothing | Then::Gate => value,
                 Then::Silu => silu(simd, value),
                 Then::Gelu => gelu(simd, value),
                 Then::QuickGelu => quick_gelu(simd, value),
             };
-            let to = self.output.at(target + output);
             if count == S::LANES {
                 E::store(simd, to, value);
             } else {

@@ -1,0 +1,183 @@
+//! The 3×3 convolution by minimal filtering: where multiplications are what limits, four to nine
+//! sixteenths of them do.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::buffer::Format;
+use super::kernel::element::Element;
+use super::kernel::isa::{Isa, Kernel, dispatch};
+use super::kernel::panels::{PANEL, Panels};
+use super::kernel::product::Finish;
+use super::kernel::simd::Simd;
+use super::kernel::winograd::{
+    GROUP, Tiles, Window, multiply, transform_outputs, transform_patches, weight_transform,
+};
+use super::parameter::Parameter;
+use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
+use super::tensor::Host;
+use super::windows::{Area, Copy, Map, slices};
+use crate::Result;
+
+/// The transformed weights of a 3×3 convolution of stride 1 that keeps the map's size.
+pub(super) struct Winograd {
+    /// One right factor (inputs, outputs) for each place of a patch.
+    weights: Vec<Panels>,
+    /// A patch's side: 4 for tiles of 2 outputs, 6 for tiles of 4.
+    side: usize,
+}
+
+impl Winograd {
+    /// Transforms a checkpoint's (out, in, 3, 3) weight into factors of `format`: tiles of 4 outputs in
+    /// `f32`, of 2 in `bf16`, which could not hold the larger transform's sums.
+    pub fn new(weight: &Parameter<'_>, outputs: usize, inputs: usize, format: Format) -> Result<Self> {
+        let side = match format {
+            Format::F32 => 6,
+            Format::Bf16 => 4,
+        };
+        let inner = match format {
+            Format::F32 => inputs.next_multiple_of(f32::DEPTH),
+            Format::Bf16 => inputs.next_multiple_of(bf16::DEPTH),
+        };
+        let transform = weight_transform(side);
+        let weights = Panels::pack_parts(format, side * side, outputs, inner, |output, columns| {
+            let mut values = vec![0.0; inputs * 9];
+            weight.read(output * inputs * 9, &mut values);
+            for (input, taps) in values.as_chunks::<9>().0.iter().enumerate() {
+                for (y, down) in transform.iter().enumerate() {
+                    for (x, across) in transform.iter().enumerate() {
+                        let line = |line: usize| {
+                            (0..3).map(|tap| across[tap] * f64::from(taps[3 * line + tap])).sum::<f64>()
+                        };
+                        let value: f64 = (0..3).map(|tap| down[tap] * line(tap)).sum();
+                        columns[(y * side + x) * inner + input] = value as f32;
+                    }
+                }
+            }
+        })?;
+        Ok(Self { weights, side })
+    }
+
+    /// One convolution of all rows.
+    pub fn run<E: Element>(
+        &self,
+        host: &Host,
+        rows: usize,
+        map: Map,
+        finish: &Finish<'_, E>,
+        output: &Shared<'_, E>,
+    ) -> Result<()> {
+        match (self.weights[0].format(), self.side) {
+            (Format::Bf16, _) => self.run_as::<E, bf16, 4>(host, rows, map, finish, output),
+            (Format::F32, _) => self.run_as::<E, f32, 6>(host, rows, map, finish, output),
+        }
+    }
+
+    fn run_as<E: Element, O: Element, const N: usize>(
+        &self,
+        host: &Host,
+        rows: usize,
+        map: Map,
+        finish: &Finish<'_, E>,
+        output: &Shared<'_, E>,
+    ) -> Result<()> {
+        /// Bytes of a block's transformed patches, which outlive a second-level cache but not a third.
+        const PATCHES: usize = 2 << 20;
+        /// Tiles of a block.
+        const TILES: usize = 128;
+        let step = N - 2;
+        let all = Tiles { down: map.height.div_ceil(step), across: map.width.div_ceil(step) };
+        let inner = self.weights[0].inner();
+        let work = rows * all.count() * N * N * inner * self.weights[0].outputs();
+        let wanted = wanted_tasks(work);
+        let fitting = (PATCHES / (N * N * inner * size_of::<O>())).clamp(8, TILES);
+        let shared = (rows * all.count()).div_ceil(wanted).max(16);
+        let across = all.across.div_ceil(all.across.div_ceil(16));
+        let down = (fitting.min(shared) / across).clamp(1, all.down);
+        let (blocks_down, blocks_across) = (all.down.div_ceil(down), all.across.div_ceil(across));
+        let blocks = rows * blocks_down * blocks_across;
+        let slices = slices(&self.weights[0], wanted.div_ceil(blocks), finish.then);
+        run_tasks(blocks * slices.len(), work, |task| {
+            let (slice, block) = (slices[task / blocks].clone(), task % blocks);
+            let row = block / (blocks_down * blocks_across);
+            let (top, left) = (block / blocks_across % blocks_down * down, block % blocks_across * across);
+            let tiles = Tiles { down: down.min(all.down - top), across: across.min(all.across - left) };
+            let window = Window {
+                row,
+                top: top * step,
+                left: left * step,
+                height: map.height,
+                width: map.width,
+                outputs: self.weights[0].outputs(),
+            };
+            self.block::<E, O, N>(host, map, tiles, window, slice, finish, output)
+        })
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn block<E: Element, O: Element, const N: usize>(
+        &self,
+        host: &Host,
+        map: Map,
+        tiles: Tiles,
+        window: Window,
+        panels: Range<usize>,
+        finish: &Finish<'_, E>,
+        output: &Shared<'_, E>,
+    ) -> Result<()> {
+        let inner = self.weights[0].inner();
+        let width = tiles.across * (N - 2) + 2;
+        let area = Area {
+            row: window.row,
+            top: window.top as isize - 1,
+            left: window.left as isize - 1,
+            width,
+            pixel: inner,
+        };
+        let area_len = (tiles.down * (N - 2) + 2) * width * inner;
+        with_scratch(area_len, |values: &mut [O]| {
+            let pending = host.pending.as_deref();
+            let from = host.buffer.values::<E>();
+            dispatch(Isa::best(), Copy { map, area, from, pending, to: &mut *values });
+            with_scratch(N * N * tiles.count() * inner, |patches: &mut [O]| {
+                with_scratch(N * N * tiles.count() * GROUP * PANEL, |sums| {
+                    let (weights, area) = (self.weights.as_slice(), &*values);
+                    let block =
+                        Block::<_, _, N> { area, patches, sums, weights, tiles, window, panels, finish, output };
+                    dispatch(Isa::best(), block);
+                })
+            })?
+        })?
+    }
+}
+
+/// A block of tiles times panels, on one thread.
+struct Block<'a, E, O, const N: usize> {
+    area: &'a [O],
+    patches: &'a mut [O],
+    sums: &'a mut [f32],
+    weights: &'a [Panels],
+    tiles: Tiles,
+    window: Window,
+    panels: Range<usize>,
+    finish: &'a Finish<'a, E>,
+    output: &'a Shared<'a, E>,
+}
+
+impl<E: Element, O: Element, const N: usize> Kernel for Block<'_, E, O, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { area, patches, sums, weights, tiles, window, panels, finish, output } = self;
+        transform_patches::<S, O, N>(simd, area, weights[0].inner(), tiles, patches);
+        let mut start = panels.start;
+        while start < panels.end {
+            let group = (start, GROUP.min(panels.end - start));
+            multiply(simd, patches, tiles.count(), weights, group, sums);
+            transform_outputs::<S, E, N>(simd, sums, tiles, group, window, finish, output);
+            start += GROUP;
+        }
+    }
+}
