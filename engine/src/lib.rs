@@ -4,7 +4,7 @@
 //!
 //! Reading order: `pipeline` tells the story; `text`, `denoiser` and `vae` are the three networks;
 //! `sampler`, `noise` and `guidance` are the numbers around them; `weights` reads files; `ops` is the
-//! only place that knows how fast an operation can be.
+//! only place that knows how fast an operation can be, and `bench` measures that.
 //!
 //! Invariant: nothing in here knows of jobs, queues, databases or networks; there is no async code, no
 //! random number that does not come from a row's seed, and no row whose picture depends on its batch.
@@ -24,6 +24,8 @@ mod config;
 mod device;
 mod ops;
 mod weights;
+
+pub mod bench;
 
 #[cfg(test)]
 mod goldens;
