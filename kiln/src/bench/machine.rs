@@ -61,6 +61,18 @@ pub fn resident_mib() -> Option<f64> {
     kib(&read("/proc/self/status")?, "VmRSS").map(|kib| kib / 1024.0)
 }
 
+/// The most memory that this process has held, in MiB.
+pub fn peak_resident_mib() -> Option<f64> {
+    kib(&read("/proc/self/status")?, "VmHWM").map(|kib| kib / 1024.0)
+}
+
+/// The size of the largest cache, or one that no processor exceeds by much where the system does not say.
+pub fn last_cache_bytes() -> usize {
+    const LARGE: usize = 128 << 20;
+    let sizes = (0..8).map_while(|index| read(&format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size")));
+    sizes.filter_map(|size| Some(size.trim().strip_suffix('K')?.parse::<usize>().ok()? << 10)).max().unwrap_or(LARGE)
+}
+
 /// The kind of file system that `folder` lies on (`ext4`, `tmpfs`): it decides what durable costs.
 pub fn file_system(folder: &Path) -> Option<String> {
     let folder = folder.canonicalize().ok()?;
@@ -174,7 +186,8 @@ mod tests {
     fn this_machine_can_be_described() {
         let machine = Machine::look();
         assert!(machine.cores > 0 && machine.memory_mib.unwrap() > 1.0 && machine.load_average.is_some());
-        assert!(resident_mib().unwrap() > 0.0);
+        assert!(resident_mib().unwrap() > 0.0 && peak_resident_mib() >= resident_mib());
+        assert!(last_cache_bytes() > 1 << 16);
         assert!(file_system(&std::env::temp_dir()).is_some());
         let watch = Stopwatch::start();
         let cpu = watch.cpu().unwrap();

@@ -2,11 +2,12 @@
 //! compared runs in turns, every sample is kept, and the machine's load stands beside them.
 //!
 //! Reading order: [`farm`] (what is measured, in which order), then a file per measurement: `delivered`, `loads`,
-//! `bulk`, `poll`; `alone` is the bare engine, `site` and `rig` the farm under test, `jobs` what is rendered;
-//! `machine`, `stats`, `table` and `report` at last.
+//! `bulk`, `poll`; `alone` is the bare engine, `site` and `rig` the farm under test, `jobs` what is rendered; [`engine`]
+//! is a bench of its own; `machine`, `stats`, `table` and `report` at last.
 //!
 //! Invariant: a bench is no test. Nothing here fails because it was slow.
 
+mod engine;
 mod farm;
 
 mod bulk;
@@ -37,7 +38,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kiln bench farm                          a table of how fast the farm is on this machine
-  kiln bench farm --json farm.json         every sample as well")]
+  kiln bench farm --json farm.json         every sample as well
+  kiln bench engine --model ./sd15         how close the engine comes to what this machine can do")]
 pub struct BenchArgs {
     /// What to measure.
     #[command(subcommand)]
@@ -49,6 +51,8 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Measure the farm: pictures against the bare engine, loads, bulk submissions, status polls
     Farm(FarmArgs),
+    /// Measure the engine: operations, a model, small pictures and loading against this machine's ceilings
+    Engine(engine::EngineArgs),
 }
 
 /// `kiln bench farm`.
@@ -108,5 +112,6 @@ pub enum Measurement {
 pub async fn run(config: Config, args: BenchArgs, stop: CancellationToken) -> Result<ExitCode> {
     match args.what {
         BenchCommand::Farm(args) => farm::run(config, args, stop).await,
+        BenchCommand::Engine(args) => engine::run(config, args, stop).await,
     }
 }

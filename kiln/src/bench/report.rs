@@ -58,22 +58,27 @@ impl Report {
     }
 
     fn heading(&self) -> String {
-        let Machine { cpu, vectors, cores, memory_mib, system, load_average } = &self.machine;
         let Footing { store, broker, artifacts, file_system } = &self.footing;
-        let memory = memory_mib.map_or_else(String::new, |mib| format!(", {:.1} GiB", mib / 1024.0));
-        let load = load_average.map_or_else(String::new, |[one, five, fifteen]| {
-            format!("; load average {one:.2} {five:.2} {fifteen:.2} at the start")
-        });
         let folder = file_system.as_ref().map_or_else(String::new, |kind| format!(", files on {kind}"));
-        format!(
-            "kiln {} ({} build), {}\n{}, {cores} cores, {}{memory}, {system}{load}\nfarm: store {store}, broker {broker}, artifacts {artifacts}{folder}\n",
-            self.kiln,
-            if self.release { "release" } else { "debug" },
-            self.started_at.format("%Y-%m-%d %H:%M UTC"),
-            cpu.as_deref().unwrap_or("unknown processor"),
-            vectors.join(" "),
-        )
+        let farm = format!("farm: store {store}, broker {broker}, artifacts {artifacts}{folder}\n");
+        heading(self.kiln, self.release, self.started_at, &self.machine) + &farm
     }
+}
+
+/// What measured, when and where, in two lines.
+pub fn heading(kiln: &str, release: bool, started_at: DateTime<Utc>, machine: &Machine) -> String {
+    let Machine { cpu, vectors, cores, memory_mib, system, load_average } = machine;
+    let memory = memory_mib.map_or_else(String::new, |mib| format!(", {:.1} GiB", mib / 1024.0));
+    let load = load_average.map_or_else(String::new, |[one, five, fifteen]| {
+        format!("; load average {one:.2} {five:.2} {fifteen:.2} at the start")
+    });
+    format!(
+        "kiln {kiln} ({} build), {}\n{}, {cores} cores, {}{memory}, {system}{load}\n",
+        if release { "release" } else { "debug" },
+        started_at.format("%Y-%m-%d %H:%M UTC"),
+        cpu.as_deref().unwrap_or("unknown processor"),
+        vectors.join(" "),
+    )
 }
 
 impl fmt::Display for Report {

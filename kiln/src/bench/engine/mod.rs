@@ -1,0 +1,112 @@
+//! `kiln bench engine`: how close the engine comes to what this machine can do.
+//!
+//! Reading order: [`run`] (what is measured, in which order), `args` (what can be asked); `ceilings` is the machine's
+//! own limit and `roofline` what share of it something reaches; then a file per measurement: `ops`, `model`, `small`,
+//! `loading`; `work` counts what a model is asked to do; `on_demand` is the other way to use it, a timed run whenever
+//! a script says so; `subject` is what both of them time; `report` at last.
+
+mod args;
+
+mod ceilings;
+mod roofline;
+
+mod loading;
+mod model;
+mod ops;
+mod small;
+
+mod on_demand;
+mod subject;
+mod timing;
+mod work;
+
+mod report;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use ::engine::{Device, Precision};
+use ::farm::config::Config;
+use anyhow::{Context, Result, bail};
+use chrono::Utc;
+use tokio_util::sync::CancellationToken;
+
+pub use args::EngineArgs;
+use args::Measurement;
+use report::Report;
+
+use super::machine::{self, Machine};
+use crate::output::write_whole;
+use crate::shutdown;
+
+/// Measures what `args` ask for, or serves timed runs.
+pub async fn run(mut config: Config, args: EngineArgs, stop: CancellationToken) -> Result<ExitCode> {
+    config.worker.dtype = args.dtype.clone().or(config.worker.dtype);
+    config.check().context("the command line is not right")?;
+    if cfg!(debug_assertions) {
+        eprintln!("kiln: this is a debug build: its figures say nothing about a release build");
+    }
+    // The engine computes on threads of its own, and this one waits.
+    let measuring = tokio::task::spawn_blocking(move || measure(&config, &args));
+    tokio::select! {
+        outcome = measuring => outcome.context("the measuring thread broke down")?.map(|()| ExitCode::SUCCESS),
+        () = stop.cancelled() => Ok(shutdown::interrupted()),
+    }
+}
+
+fn measure(config: &Config, args: &EngineArgs) -> Result<()> {
+    // Before anything runs, so that the load is other people's.
+    let machine = Machine::look();
+    let (device, precision) = worker::open_device(&config.worker)?;
+    if args.on_demand {
+        return on_demand::serve(args, &device, precision);
+    }
+    let mut report = Report::new(machine, device.describe(), precision.as_str(), Utc::now());
+    fill(&mut report, args, &device, precision)?;
+    report.load_average_after = machine::load_average();
+    report.peak_resident_mib = machine::peak_resident_mib();
+    show(&report, args.json.as_deref())
+}
+
+fn fill(report: &mut Report, args: &EngineArgs, device: &Device, precision: Precision) -> Result<()> {
+    let wanted = |what| args.only.is_empty() || args.only.contains(&what);
+    if args.model.is_none() && [Measurement::Model, Measurement::Load].iter().any(|what| args.only.contains(what)) {
+        bail!("--model must name a checkpoint's folder for `model` and `load`, but is missing");
+    }
+    eprintln!("kiln: ceilings");
+    let ceilings = ceilings::measure();
+    let roof = ceilings.roof(precision);
+    report.ceilings = Some(ceilings);
+    if wanted(Measurement::Ops) {
+        report.ops = Some(ops::measure(device, precision, args, roof)?);
+    }
+    if wanted(Measurement::Small) {
+        report.small = Some(small::measure(device, precision, args, roof)?);
+    }
+    if let Some(folder) = &args.model {
+        if wanted(Measurement::Load) {
+            report.loading = Some(loading::measure(folder, device, precision, args)?);
+        }
+        if wanted(Measurement::Model) {
+            report.model = Some(model::measure(folder, device, precision, args, roof)?);
+        }
+    }
+    Ok(())
+}
+
+/// The tables on standard output, unless the JSON goes there.
+fn show(report: &Report, json: Option<&Path>) -> Result<()> {
+    match json {
+        Some(path) if path == Path::new("-") => {
+            eprint!("{report}");
+            println!("{}", report.json()?);
+        }
+        Some(path) => {
+            print!("{report}");
+            write_whole(path, format!("{}\n", report.json()?).as_bytes())?;
+        }
+        None => print!("{report}"),
+    }
+    std::io::stdout().flush().context("standard output is closed")
+}
