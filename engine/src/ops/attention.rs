@@ -1,59 +1,268 @@
 //! Scaled dot-product attention.
 
+use candle_core::{D, DType};
+use half::bf16;
+
+use super::buffer::{Buffer, Format};
+use super::kernel::attention::{self, Shape};
+use super::kernel::isa::Isa;
 use super::misuse;
-use super::tensor::{Place, Tensor};
+use super::tensor::Tensor;
 use crate::Result;
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mask {
+    /// All of them.
     None,
+    /// Those up to its own place.
     Causal,
 }
 
+/// softmax(q · kᵀ / √d) · v for each head, with d = channels / heads.
+///
+/// `query` (rows, queries, channels), `key` and `value` (rows, keys, channels), heads side by side in
+/// the channels; the result is as `query`. On the host, scores and sums are `f32` and never leave a core's
+/// cache; with `bf16` tensors the probabilities are rounded to `bf16` before they weigh the values.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
-    let (rows, queries, channels) = query.dims3()?;
-    let keys = key.dim_check()?;
-    let _ = misuse;
-    let (q, k, v) = (query.to_values()?, key.to_values()?, value.to_values()?);
-    let width = channels / heads;
-    let mut output = vec![0f32; q.len()];
-    for row in 0..rows {
-        for head in 0..heads {
-            for i in 0..queries {
-                let q = &q[(row * queries + i) * channels + head * width..][..width];
-                let seen = if mask == Mask::Causal { i + 1 } else { keys };
-                let mut s: Vec<f32> = (0..seen)
-                    .map(|j| {
-                        let k = &k[(row * keys + j) * channels + head * width..][..width];
-                        q.iter().zip(k).map(|(a, b)| a * b).sum::<f32>() / (width as f32).sqrt()
-                    })
-                    .collect();
-                let m = s.iter().copied().fold(f32::MIN, f32::max);
-                s.iter_mut().for_each(|x| *x = (*x - m).exp());
-                let t: f32 = s.iter().sum();
-                let o = &mut output[(row * queries + i) * channels + head * width..][..width];
-                for (j, p) in s.iter().enumerate() {
-                    let v = &v[(row * keys + j) * channels + head * width..][..width];
-                    for (o, v) in o.iter_mut().zip(v) {
-                        *o += p / t * v;
-                    }
+    let shape = shape(query, key, value, heads, mask)?;
+    match (query.device_values(), key.device_values(), value.device_values()) {
+        (Some(query), Some(key), Some(value)) => Ok(Tensor::on_device(on_device(query, key, value, shape)?)),
+        _ => on_host(Isa::best(), query, key, value, shape),
+    }
+}
+
+fn shape(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, mask: Mask) -> Result<Shape> {
+    let ((rows, queries, channels), (_, keys, _)) = (query.dims3()?, key.dims3()?);
+    let fitting = heads > 0 && channels > 0 && channels % heads == 0 && keys > 0;
+    if !fitting || key.dims() != [rows, keys, channels] || key.dims() != value.dims() {
+        return Err(misuse(format!(
+            "attention of {heads} heads was given {:?}, {:?} and {:?}",
+            query.dims(),
+            key.dims(),
+            value.dims()
+        )));
+    }
+    Ok(Shape { rows, queries, keys, channels, heads, causal: mask == Mask::Causal })
+}
+
+fn on_host(isa: Isa, query: &Tensor, key: &Tensor, value: &Tensor, shape: Shape) -> Result<Tensor> {
+    let (query, key, value) = (query.resolved()?, key.resolved()?, value.resolved()?);
+    let (q, k, v) = (query.host()?, key.host()?, value.host()?);
+    let compute = |format: Format| -> Result<Buffer> {
+        match format {
+            Format::F32 => attention::attention::<f32>(isa, q.values(), k.values(), v.values(), shape),
+            Format::Bf16 => attention::attention::<bf16>(isa, q.values(), k.values(), v.values(), shape),
+        }
+    };
+    if k.format() != q.format() || v.format() != q.format() {
+        return Err(misuse("attention was given tensors of different formats".to_owned()));
+    }
+    Ok(Tensor::on_host(compute(q.format())?, query.dims()))
+}
+
+fn on_device(
+    query: &candle_core::Tensor,
+    key: &candle_core::Tensor,
+    value: &candle_core::Tensor,
+    shape: Shape,
+) -> Result<candle_core::Tensor> {
+    /// Scores held at once, all rows and heads together.
+    const SCORES: usize = 256 << 20;
+    let Shape { rows, queries, keys, channels, heads, causal } = shape;
+    let split = |x: &candle_core::Tensor, tokens: usize| -> Result<candle_core::Tensor> {
+        Ok(x.reshape((rows, tokens, heads, shape.width()))?.transpose(1, 2)?.contiguous()?)
+    };
+    let (q, k, v) = (split(query, queries)?, split(key, keys)?, split(value, keys)?);
+    let k = k.transpose(2, 3)?.contiguous()?;
+    let scale = 1.0 / (shape.width() as f64).sqrt();
+    let block = (SCORES / (rows * heads * keys).max(1)).clamp(1, queries.max(1));
+    let mut parts = Vec::new();
+    for first in (0..queries).step_by(block) {
+        let count = block.min(queries - first);
+        let mut scores = (q.narrow(2, first, count)?.contiguous()?.matmul(&k)?.to_dtype(DType::F32)? * scale)?;
+        if causal {
+            let hidden = (first..first + count)
+                .flat_map(|line| (0..keys).map(move |at| if at > line { f32::NEG_INFINITY } else { 0.0 }));
+            let hidden = candle_core::Tensor::from_vec(hidden.collect::<Vec<_>>(), (count, keys), q.device())?;
+            scores = scores.broadcast_add(&hidden)?;
+        }
+        let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?;
+        parts.push(weights.matmul(&v)?);
+    }
+    let joined = candle_core::Tensor::cat(&parts, D::Minus2)?;
+    Ok(joined.transpose(1, 2)?.reshape((rows, queries, channels))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::reference;
+    use crate::ops::tensor::Place;
+
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, mask: Mask) -> Vec<f32> {
+        let ((rows, queries, channels), keys) = (q.dims3().unwrap(), k.dims()[1]);
+        let (q, k, v) = (reference::values(q), reference::values(k), reference::values(v));
+        let width = channels / heads;
+        let mut output = vec![0f32; q.len()];
+        for (row, head, query) in
+            (0..rows).flat_map(|r| (0..heads).flat_map(move |h| (0..queries).map(move |i| (r, h, i))))
+        {
+            let at = (row * queries + query) * channels + head * width;
+            let seen = if mask == Mask::Causal { keys.min(query + 1) } else { keys };
+            let line = |key: usize| (row * keys + key) * channels + head * width;
+            let scores: Vec<f64> = (0..seen)
+                .map(|key| (0..width).map(|i| f64::from(q[at + i]) * f64::from(k[line(key) + i])).sum::<f64>())
+                .map(|sum| sum / (width as f64).sqrt())
+                .collect();
+            let largest = scores.iter().fold(f64::NEG_INFINITY, |most, score| most.max(*score));
+            let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for i in 0..width {
+                let sum: f64 = (0..seen).map(|key| weights[key] / total * f64::from(v[line(key) + i])).sum();
+                output[at + i] = sum as f32;
+            }
+        }
+        output
+    }
+
+    /// [`reference::tensor_at`] times `factor`.
+    fn tensor(dims: [usize; 3], salt: u32, factor: f32, place: &Place) -> Tensor {
+        let values: Vec<f32> = reference::numbers(dims.iter().product(), salt).iter().map(|x| x * factor).collect();
+        Tensor::new(&values, &dims, place).unwrap()
+    }
+
+    fn places() -> [(Place, f32); 2] {
+        [(Place::host(), 1e-5), (reference::bf16_place(), 1e-2)]
+    }
+
+    /// Compares all that this processor can run with the definition.
+    fn check([rows, queries, keys]: [usize; 3], channels: usize, heads: usize, factor: f32, mask: Mask) {
+        for (place, tolerance) in places() {
+            let q = tensor([rows, queries, channels], 1, factor, &place);
+            let [k, v] = [2, 3].map(|salt| tensor([rows, keys, channels], salt, 1.0, &place));
+            let expected = plain(&q, &k, &v, heads, mask);
+            for isa in Isa::available() {
+                let got = on_host(isa, &q, &k, &v, shape(&q, &k, &v, heads, mask).unwrap()).unwrap();
+                reference::assert_close(&reference::values(&got), &expected, tolerance);
+            }
+        }
+    }
+
+    #[test]
+    fn odd_shapes_equal_the_definition() {
+        check([1, 1, 1], 1, 1, 4.0, Mask::None);
+        check([2, 5, 3], 6, 2, 4.0, Mask::None);
+        check([1, 77, 77], 24, 3, 4.0, Mask::None);
+        check([2, 33, 78], 15, 3, 4.0, Mask::None);
+        check([1, 300, 20], 16, 8, 4.0, Mask::None);
+        check([1, 50, 131], 163, 1, 4.0, Mask::None);
+    }
+
+    #[test]
+    fn a_causal_query_sees_nothing_after_itself() {
+        check([2, 21, 21], 12, 3, 4.0, Mask::Causal);
+        check([1, 150, 150], 10, 2, 4.0, Mask::Causal);
+        check([1, 9, 40], 4, 1, 4.0, Mask::Causal);
+    }
+
+    #[test]
+    fn blocks_of_many_keys_equal_the_definition() {
+        check([1, 40, 9000], 8, 2, 1.0, Mask::None);
+    }
+
+    #[test]
+    fn scores_that_grow_far_beyond_the_first_ones_equal_the_definition() {
+        for (place, tolerance) in [(Place::host(), 1e-4), (reference::bf16_place(), 1e-2)] {
+            // Scores of up to ±150, ever larger ones for half of the queries: many start anew.
+            let (q, v) = (tensor([1, 60, 16], 1, 8.0, &place), tensor([1, 700, 16], 3, 1.0, &place));
+            let keys = reference::numbers(700 * 16, 2).into_iter().enumerate();
+            let keys: Vec<f32> = keys.map(|(at, key)| key * 10.0 + (at / 16) as f32 / 30.0).collect();
+            let k = Tensor::new(&keys, &[1, 700, 16], &place).unwrap();
+            let expected = plain(&q, &k, &v, 1, Mask::None);
+            for isa in Isa::available() {
+                let got = on_host(isa, &q, &k, &v, shape(&q, &k, &v, 1, Mask::None).unwrap()).unwrap();
+                reference::assert_close(&reference::values(&got), &expected, tolerance);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_of_a_batch_equals_the_row_alone() {
+        for (place, _) in places() {
+            // Large enough for several threads, with scores that make some queries start anew.
+            let q = tensor([3, 500, 48], 1, 30.0, &place);
+            let [k, v] = [2, 3].map(|salt| tensor([3, 300, 48], salt, 10.0, &place));
+            let batch = attention(&q, &k, &v, 4, Mask::None).unwrap();
+            for row in 0..3 {
+                let [q, k, v] = [&q, &k, &v].map(|tensor| reference::row(tensor, row, &place));
+                reference::assert_row_is(&batch, row, &attention(&q, &k, &v, 4, Mask::None).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_query_does_not_depend_on_its_neighbours() {
+        for (place, _) in places() {
+            let q = tensor([1, 70, 24], 1, 60.0, &place);
+            let [k, v] = [2, 3].map(|salt| tensor([1, 300, 24], salt, 10.0, &place));
+            for isa in Isa::available() {
+                let run = |q: &Tensor| {
+                    let shape = shape(q, &k, &v, 2, Mask::None).unwrap();
+                    reference::values(&on_host(isa, q, &k, &v, shape).unwrap())
+                };
+                let all = run(&q);
+                for query in [0, 47, 69] {
+                    let alone = &reference::values(&q)[query * 24..(query + 1) * 24];
+                    let alone = run(&Tensor::new(alone, &[1, 1, 24], &place).unwrap());
+                    assert_eq!(alone, all[query * 24..(query + 1) * 24], "{isa}");
                 }
             }
         }
     }
-    let bf16 = match &query.values {
-        super::tensor::Values::Host(h) => h.buffer.format() == super::buffer::Format::Bf16,
-        _ => false,
-    };
-    Tensor::new(
-        &output,
-        query.dims(),
-        &Place::new(&candle_core::Device::Cpu, if bf16 { candle_core::DType::BF16 } else { candle_core::DType::F32 }),
-    )
-}
-impl Tensor {
-    fn dim_check(&self) -> Result<usize> {
-        Ok(self.dims3()?.1)
+
+    #[test]
+    fn what_is_not_finite_stays_visible_and_in_its_row() {
+        for (place, _) in places() {
+            for (poisoned, poison) in (0..3).flat_map(|at| [(at, f32::NAN), (at, f32::INFINITY)]) {
+                let inputs = [1, 2, 3].map(|salt| {
+                    let mut values = reference::numbers(2 * 50 * 8, salt);
+                    if salt as usize == poisoned + 1 {
+                        // Row 1, token 30, head 1.
+                        values[(50 + 30) * 8 + 5] = poison;
+                    }
+                    Tensor::new(&values, &[2, 50, 8], &place).unwrap()
+                });
+                let [q, k, v] = &inputs;
+                for isa in Isa::available() {
+                    let got = on_host(isa, q, k, v, shape(q, k, v, 2, Mask::None).unwrap()).unwrap();
+                    let got = reference::values(&got);
+                    assert!(got[..50 * 8].iter().all(|value| value.is_finite()), "{isa}: another row");
+                    assert!(got[50 * 8..].iter().any(|value| !value.is_finite()), "{isa}: input {poisoned}");
+                    assert!(got.chunks(8).all(|token| token[..4].iter().all(|value| value.is_finite())), "{isa}: head");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_path_for_other_devices_agrees() {
+        let q = reference::tensor([2, 13, 12], 1);
+        let (k, v) = (reference::tensor([2, 13, 12], 2), reference::tensor([2, 13, 12], 3));
+        for mask in [Mask::None, Mask::Causal] {
+            let here = attention(&q, &k, &v, 3, mask).unwrap();
+            let [q, k, v] = [&q, &k, &v].map(reference::elsewhere);
+            let there = attention(&q, &k, &v, 3, mask).unwrap();
+            reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
+        }
+    }
+
+    #[test]
+    fn mismatched_shapes_are_an_error_and_not_a_panic() {
+        let (q, k) = (reference::tensor([1, 4, 6], 1), reference::tensor([1, 4, 8], 2));
+        assert!(attention(&q, &k, &k, 2, Mask::None).is_err());
+        assert!(attention(&q, &q, &q, 4, Mask::None).is_err());
+        assert!(attention(&q, &q, &tensor([1, 4, 6], 1, 1.0, &reference::bf16_place()), 2, Mask::None).is_err());
+        assert!(attention(&q, &q, &reference::elsewhere(&q), 2, Mask::None).is_err());
     }
 }

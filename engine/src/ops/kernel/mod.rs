@@ -3,12 +3,14 @@
 //!
 //! Reading order: `isa` (which instructions there are), `simd` and its implementations, `element` (`f32`
 //! and `bf16` factors), `panels` (packed weights), `tile` (the innermost loop), `product` (blocks of
-//! positions times panels, and what is done with the sums), `functions`.
+//! positions times panels, and what is done with the sums), `functions`, `attention` (keys and queries head
+//! by head), `attention_group` (the softmax) and `attention_tiles` (its two products).
 
 // Kernels read and write raw memory throughout; every `unsafe fn` says what it needs, and the boundaries
 // (`product`, `windows`) check it once per block.
 #![allow(unsafe_code)]
 
+pub(super) mod attention;
 pub(super) mod element;
 pub(super) mod functions;
 pub(super) mod isa;
@@ -17,6 +19,10 @@ pub(super) mod product;
 pub(super) mod simd;
 pub(super) mod winograd;
 
+mod attention_group;
+mod attention_pack;
+mod attention_simd;
+mod attention_tiles;
 mod portable;
 mod tile;
 
