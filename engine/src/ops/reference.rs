@@ -1,7 +1,10 @@
 //! The plain forms that the fast ones are tested against, and numbers to feed them.
 
 use candle_core::{DType, Device};
+use half::bf16;
 
+use super::buffer::Format;
+use super::conv::ConvShape;
 use super::parameter::Parameter;
 use super::tensor::{Place, Tensor};
 
@@ -19,6 +22,23 @@ pub(super) fn numbers(count: usize, salt: u32) -> Vec<f32> {
 /// The processor with pairs of `bf16`.
 pub(super) fn bf16_place() -> Place {
     Place::new(&Device::Cpu, DType::BF16)
+}
+
+/// The processor in each of its formats.
+pub(super) fn places() -> [Place; 2] {
+    [Place::host(), bf16_place()]
+}
+
+/// How far a result at `place` may be from the definition, as a share of the largest magnitude.
+pub(super) fn tolerance(place: &Place) -> f32 {
+    if place.on_host() == Some(Format::Bf16) { 1e-2 } else { 2e-5 }
+}
+
+/// A weight's values as the kernels at `place` see them.
+pub(super) fn weight_values(weight: &Parameter<'_>, place: &Place) -> Vec<f32> {
+    let rounded = place.on_host() == Some(Format::Bf16);
+    let seen = |value: f32| if rounded { bf16::from_f32(value).to_f32() } else { value };
+    weight.values().into_iter().map(seen).collect()
 }
 
 /// [`numbers`] as a host tensor.
@@ -54,18 +74,6 @@ pub(super) fn elsewhere(tensor: &Tensor) -> Tensor {
     Tensor::on_device(candle_core::Tensor::from_vec(values(tensor), tensor.dims(), &Device::Cpu).unwrap())
 }
 
-/// left (rows × inner) · right (inner × cols) with each sum in `f64`.
-pub(super) fn product(left: &[f32], right: &[f32], rows: usize, inner: usize, cols: usize) -> Vec<f32> {
-    let mut target = Vec::with_capacity(rows * cols);
-    for i in 0..rows {
-        for j in 0..cols {
-            let sum: f64 = (0..inner).map(|k| f64::from(left[i * inner + k]) * f64::from(right[k * cols + j])).sum();
-            target.push(sum as f32);
-        }
-    }
-    target
-}
-
 /// Fails unless each pair differs by at most `tolerance` of the largest expected magnitude (or of 1).
 #[track_caller]
 pub(super) fn assert_close(got: &[f32], expected: &[f32], tolerance: f32) {
@@ -82,4 +90,133 @@ pub(super) fn assert_row_is(batch: &Tensor, index: usize, alone: &Tensor) {
     let (all, alone) = (values(batch), values(alone));
     let row = &all[index * alone.len()..(index + 1) * alone.len()];
     assert!(row.iter().zip(&alone).all(|(a, b)| a.to_bits() == b.to_bits()), "row {index} differs from the row alone");
+}
+
+/// Fails unless both have the same shape and the same bits.
+#[track_caller]
+pub(super) fn assert_same(got: &Tensor, expected: &Tensor) {
+    assert_eq!(got.dims(), expected.dims());
+    let bits = |tensor| values(tensor).into_iter().map(f32::to_bits);
+    assert!(bits(got).eq(bits(expected)), "the bits differ");
+}
+
+/// Fails unless each row of `x` gives the same bits alone and in company.
+#[track_caller]
+pub(super) fn assert_rows_stand_alone(x: &Tensor, place: &Place, run: impl Fn(&Tensor) -> Tensor) {
+    let batch = run(x);
+    for index in 0..x.dims()[0] {
+        assert_row_is(&batch, index, &run(&row(x, index, place)));
+    }
+}
+
+/// Fails unless `run` gives the same bits on one, two and three threads.
+#[track_caller]
+pub(super) fn assert_threads_do_not_show(run: impl Fn() -> Tensor + Send + Sync) {
+    let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&run);
+    let one = on(1);
+    assert_same(&on(2), &one);
+    assert_same(&on(3), &one);
+}
+
+/// Fails unless a number of `x`'s second row that is none (NaN, infinity) shows in that row's result and
+/// leaves the bits of every other row as they were.
+#[track_caller]
+pub(super) fn assert_damage_stays_in_its_row(x: &Tensor, place: &Place, run: impl Fn(&Tensor) -> Tensor) {
+    let (clean, len) = (values(&run(x)), x.elements() / x.dims()[0]);
+    for damage in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut damaged = values(x);
+        damaged[len + len / 2] = damage;
+        let got = values(&run(&Tensor::new(&damaged, x.dims(), place).unwrap()));
+        let each = got.len() / x.dims()[0];
+        for (index, (got, clean)) in got.chunks(each).zip(clean.chunks(each)).enumerate() {
+            let same = got.iter().zip(clean).all(|(got, clean)| got.to_bits() == clean.to_bits());
+            assert!(same == (index != 1), "row {index} after {damage} in row 1");
+            assert_eq!(got.iter().all(|value| value.is_finite()), index != 1, "row {index} after {damage} in row 1");
+        }
+    }
+}
+
+/// Φ by Simpson's rule: slow and beyond doubt.
+fn phi(x: f64) -> f64 {
+    let intervals = 400;
+    let width = x / f64::from(intervals);
+    let density = |at: f64| (-at * at / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    let sum: f64 = (0..=intervals)
+        .map(|index| {
+            let weight = if index == 0 || index == intervals { 1.0 } else { 2.0 + 2.0 * f64::from(index % 2) };
+            weight * density(f64::from(index) * width)
+        })
+        .sum();
+    0.5 + sum * width / 3.0
+}
+
+/// x · Φ(x).
+pub(super) fn gelu(x: f64) -> f64 {
+    x * phi(x)
+}
+
+/// x · σ(x).
+pub(super) fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// x · σ(1.702 x).
+pub(super) fn quick_gelu(x: f64) -> f64 {
+    x / (1.0 + (-1.702 * x).exp())
+}
+
+/// A convolution by its definition: its dimensions and values. `weight` is (out, in, height, width).
+pub(super) fn convolution(
+    x: &Tensor,
+    (weight, dims): (&[f32], [usize; 4]),
+    bias: &[f32],
+    shape: ConvShape,
+) -> (Vec<usize>, Vec<f32>) {
+    let (rows, height, width, inputs) = x.dims4().unwrap();
+    let [outputs, _, kernel_height, kernel_width] = dims;
+    let (before, after) = shape.padding;
+    let down = (height + before + after - kernel_height) / shape.stride + 1;
+    let across = (width + before + after - kernel_width) / shape.stride + 1;
+    let x = values(x);
+    let mut result = Vec::with_capacity(rows * down * across * outputs);
+    for (row, y, x_at) in
+        (0..rows).flat_map(|row| (0..down).flat_map(move |y| (0..across).map(move |x_at| (row, y, x_at))))
+    {
+        for (output, bias) in bias.iter().enumerate() {
+            let mut sum = f64::from(*bias);
+            for (ky, kx) in (0..kernel_height).flat_map(|ky| (0..kernel_width).map(move |kx| (ky, kx))) {
+                let (y, x_at) = (y * shape.stride + ky, x_at * shape.stride + kx);
+                if y < before || x_at < before || y - before >= height || x_at - before >= width {
+                    continue;
+                }
+                let pixel = &x[((row * height + y - before) * width + x_at - before) * inputs..][..inputs];
+                for (input, value) in pixel.iter().enumerate() {
+                    let place = ((output * inputs + input) * kernel_height + ky) * kernel_width + kx;
+                    sum += f64::from(*value) * f64::from(weight[place]);
+                }
+            }
+            result.push(sum as f32);
+        }
+    }
+    (vec![rows, down, across, outputs], result)
+}
+
+/// A group norm of (rows, height, width, channels) by its definition.
+pub(super) fn group_norm(x: &Tensor, weight: &[f32], bias: &[f32], groups: usize, epsilon: f64) -> Vec<f32> {
+    let (rows, height, width, channels) = x.dims4().unwrap();
+    let (x, size) = (values(x), channels / groups);
+    let mut result = vec![0.0; x.len()];
+    for (row, group) in (0..rows).flat_map(|row| (0..groups).map(move |group| (row, group))) {
+        let members: Vec<usize> = (row * height * width..(row + 1) * height * width)
+            .flat_map(|pixel| (0..size).map(move |channel| pixel * channels + group * size + channel))
+            .collect();
+        let count = members.len() as f64;
+        let mean = members.iter().map(|at| f64::from(x[*at])).sum::<f64>() / count;
+        let variance = members.iter().map(|at| (f64::from(x[*at]) - mean).powi(2)).sum::<f64>() / count;
+        for at in members {
+            let normal = (f64::from(x[at]) - mean) / (variance + epsilon).sqrt();
+            result[at] = (normal * f64::from(weight[at % channels]) + f64::from(bias[at % channels])) as f32;
+        }
+    }
+    result
 }

@@ -101,3 +101,141 @@ fn erfc<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     let negative_square = simd.mul(x, simd.sub(simd.splat(0.0), x));
     simd.mul(simd.mul(t, fit), exp(simd, negative_square))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::kernel::isa::{Isa, Kernel, dispatch};
+    use crate::ops::reference;
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Function {
+        Exp,
+        Exp2,
+        Silu,
+        Gelu,
+        QuickGelu,
+    }
+
+    /// A function of each of some numbers.
+    struct Each<'a>(Function, &'a [f32]);
+
+    impl Kernel for Each<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+            let Self(function, from) = self;
+            let mut to = vec![0.0; from.len()];
+            for (from, to) in from.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
+                // SAFETY: both have as many values as `from`, at most a vector's.
+                unsafe {
+                    let x = simd.load_some(from.as_ptr(), from.len());
+                    let value = match function {
+                        Function::Exp => exp(simd, x),
+                        Function::Exp2 => exp2(simd, x),
+                        Function::Silu => silu(simd, x),
+                        Function::Gelu => gelu(simd, x),
+                        Function::QuickGelu => quick_gelu(simd, x),
+                    };
+                    simd.store_some(to.as_mut_ptr(), value, from.len());
+                }
+            }
+            to
+        }
+    }
+
+    /// Fails unless the distance from `exact` is at most `most` of it where it is `relative`, else `most`.
+    #[track_caller]
+    fn assert_near(function: Function, xs: &[f32], exact: impl Fn(f64) -> f64, most: f64, relative: bool) {
+        for isa in Isa::available() {
+            for (x, got) in xs.iter().zip(dispatch(isa, Each(function, xs))) {
+                let exact = exact(f64::from(*x));
+                let most = if relative { most * exact } else { most };
+                assert!((f64::from(got) - exact).abs() <= most, "{isa}: {function:?}({x}) = {got}, not {exact}");
+            }
+        }
+    }
+
+    /// Numbers from `first` to `last` hundredths.
+    fn hundredths(first: i32, last: i32) -> Vec<f32> {
+        (first..=last).map(|step| step as f32 / 100.0).collect()
+    }
+
+    #[test]
+    fn powers_are_within_two_units_in_the_last_place() {
+        assert_near(Function::Exp, &hundredths(-8700, 8800), f64::exp, 2.4e-7, true);
+        assert_near(Function::Exp2, &hundredths(-12_600, 12_700), f64::exp2, 2.4e-7, true);
+    }
+
+    #[test]
+    fn whole_powers_of_two_are_exact() {
+        let whole: Vec<f32> = (-126..=127).map(|power| power as f32).collect();
+        assert_near(Function::Exp2, &whole, f64::exp2, 0.0, true);
+        assert_near(Function::Exp, &[0.0, -0.0], f64::exp, 0.0, true);
+    }
+
+    #[test]
+    fn powers_beyond_f32_are_as_small_or_large_as_it_has_them() {
+        for isa in Isa::available() {
+            for function in [Function::Exp, Function::Exp2] {
+                let got =
+                    dispatch(isa, Each(function, &[-1e4, f32::NEG_INFINITY, f32::MIN, 1e4, f32::INFINITY, f32::MAX]));
+                assert!(got[..3].iter().all(|value| (0.0..2e-38).contains(value)), "{isa}: {function:?} {got:?}");
+                assert!(got[3..].iter().all(|value| *value > 1e38), "{isa}: {function:?} {got:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn gelu_is_the_exact_one_and_not_its_tanh_approximation() {
+        assert_near(Function::Gelu, &hundredths(-600, 600), reference::gelu, 4e-7, false);
+        // Beyond, it is the identity or zero.
+        let beyond = [-1e4, -100.0, -20.0, -7.0, 7.0, 20.0, 100.0, 1e4];
+        assert_near(Function::Gelu, &beyond, |x| x.max(0.0), 1e-6, false);
+    }
+
+    #[test]
+    fn silu_and_quick_gelu_follow_their_definitions() {
+        let xs = [hundredths(-2000, 2000), vec![-1e4, -100.0, -88.5, 88.5, 100.0]].concat();
+        assert_near(Function::Silu, &xs, reference::silu, 2e-6, false);
+        assert_near(Function::QuickGelu, &xs, reference::quick_gelu, 2e-6, false);
+        assert_near(Function::Silu, &[1e4, 1e30], |x| x, 1e-7, true);
+        assert_near(Function::QuickGelu, &[1e4, 1e30], |x| x, 1e-7, true);
+    }
+
+    #[test]
+    fn small_numbers_keep_their_relative_precision() {
+        let small: Vec<f32> = (1..40).flat_map(|power| [2f32.powi(-power), -(2f32.powi(-power))]).collect();
+        for (function, exact) in [
+            (Function::Silu, reference::silu as fn(f64) -> f64),
+            (Function::Gelu, reference::gelu),
+            (Function::QuickGelu, reference::quick_gelu),
+        ] {
+            for isa in Isa::available() {
+                for (x, got) in small.iter().zip(dispatch(isa, Each(function, &small))) {
+                    let exact = exact(f64::from(*x));
+                    assert!(
+                        (f64::from(got) - exact).abs() <= 1e-6 * exact.abs(),
+                        "{isa}: {function:?}({x}) = {got}, not {exact}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_visible_and_zero_stays_zero() {
+        for isa in Isa::available() {
+            for function in [Function::Exp, Function::Exp2, Function::Silu, Function::Gelu, Function::QuickGelu] {
+                let got = dispatch(isa, Each(function, &[f32::NAN, -f32::NAN, 1.0]));
+                assert!(got[0].is_nan() && got[1].is_nan() && got[2].is_finite(), "{isa}: {function:?} {got:?}");
+            }
+            for function in [Function::Silu, Function::Gelu, Function::QuickGelu] {
+                let got = dispatch(isa, Each(function, &[f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0]));
+                assert!(!got[0].is_finite() && !got[1].is_finite(), "{isa}: {function:?} {got:?}");
+                assert_eq!(got[2..], [0.0, 0.0], "{isa}: {function:?}");
+            }
+        }
+    }
+}

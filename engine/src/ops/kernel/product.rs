@@ -34,9 +34,9 @@ pub(in crate::ops) struct Finish<'a, E> {
     pub outputs: usize,
     /// (outputs): added everywhere.
     pub bias: Option<&'a [f32]>,
-    /// (rows, outputs): added to all positions of a row.
+    /// (rows, outputs): added to all positions of a row, after `then`.
     pub per_row: Option<&'a [E]>,
-    /// As the output: added at its place.
+    /// As the output: added at its place, last.
     pub residual: Option<&'a [E]>,
     pub then: Then,
 }
@@ -238,18 +238,18 @@ impl<E: Element> Finish<'_, E> {
             if let (Some(bias), true) = (self.bias, self.then != Then::Gate) {
                 value = simd.add(value, some(simd, bias.as_ptr().add(output), count));
             }
+            value = match self.then {
+                Then::Nothing | Then::Gate => value,
+                Then::Silu => silu(simd, value),
+                Then::Gelu => gelu(simd, value),
+                Then::QuickGelu => quick_gelu(simd, value),
+            };
             if let Some(values) = self.per_row {
                 value = simd.add(value, some(simd, values.as_ptr().add(row * self.outputs + output), count));
             }
             if let Some(values) = self.residual {
                 value = simd.add(value, some(simd, values.as_ptr().add(target + output), count));
             }
-            let value = match self.then {
-                Then::Nothing | Then::Gate => value,
-                Then::Silu => silu(simd, value),
-                Then::Gelu => gelu(simd, value),
-                Then::QuickGelu => quick_gelu(simd, value),
-            };
             if count == S::LANES {
                 E::store(simd, to, value);
             } else {
@@ -292,3 +292,6 @@ impl<E: Element> Kernel for Block<'_, E> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

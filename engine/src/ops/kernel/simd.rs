@@ -113,3 +113,6 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
