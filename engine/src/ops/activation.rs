@@ -62,3 +62,57 @@ impl<E: Element> Kernel for Silu<'_, E> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::norm::GroupNorm;
+    use crate::ops::reference::{self, parameter, tensor_at};
+
+    #[test]
+    fn silu_over_odd_lengths_equals_the_definition() {
+        for place in reference::places() {
+            for len in [1, 3, 7, 8, 15, 16, 17, 33, 1000, 200_001] {
+                let wide: Vec<f32> = reference::numbers(len, 1).iter().map(|value| value * 20.0).collect();
+                let x = Tensor::new(&wide, &[1, len], &place).unwrap();
+                let got = silu(&x).unwrap();
+                assert_eq!(got.dims(), [1, len]);
+                let expected: Vec<f32> =
+                    reference::values(&x).iter().map(|value| reference::silu(f64::from(*value)) as f32).collect();
+                reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
+            }
+            assert_eq!(silu(&tensor_at([0, 3], 1, &place)).unwrap().dims(), [0, 3]);
+        }
+    }
+
+    #[test]
+    fn a_pending_norm_is_applied_first() {
+        for place in reference::places() {
+            let norm = GroupNorm::new(&parameter([33], 1), &parameter([33], 2), 3, 1e-5).unwrap();
+            let x = tensor_at([2, 5, 7, 33], 3, &place);
+            let after = silu(&norm.forward(&x).unwrap().resolved().unwrap()).unwrap();
+            reference::assert_same(&silu(&norm.forward(&x).unwrap()).unwrap(), &after);
+            let fused = reference::values(&norm.forward_silu(&x).unwrap());
+            reference::assert_close(&reference::values(&after), &fused, reference::tolerance(&place));
+        }
+    }
+
+    #[test]
+    fn neither_company_nor_threads_nor_damage_in_another_row_show() {
+        for place in reference::places() {
+            for tokens in [1, 77, 3001] {
+                let x = tensor_at([3, tokens, 33], 1, &place);
+                reference::assert_rows_stand_alone(&x, &place, |x| silu(x).unwrap());
+                reference::assert_threads_do_not_show(|| silu(&x).unwrap());
+                reference::assert_damage_stays_in_its_row(&x, &place, |x| silu(x).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn the_path_for_other_devices_agrees() {
+        let x = reference::tensor([3, 77], 1);
+        let (here, there) = (silu(&x).unwrap(), silu(&reference::elsewhere(&x)).unwrap());
+        reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-6);
+    }
+}

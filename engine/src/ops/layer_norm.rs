@@ -140,3 +140,86 @@ fn total<S: Simd, E: Element>(simd: S, values: &[E], centre: f32, squared: bool)
     });
     simd.sum(simd.add(sums[0], sums[1])) + rest.sum::<f32>()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::norm::GroupNorm;
+    use crate::ops::reference::{self, parameter, tensor_at};
+    use crate::ops::tensor::Place;
+
+    const EPSILON: f64 = 1e-5;
+
+    fn norm(channels: usize) -> LayerNorm {
+        LayerNorm::new(&parameter([channels], 2), &parameter([channels], 3), EPSILON).unwrap()
+    }
+
+    fn plain(x: &Tensor, norm: &LayerNorm) -> Vec<f32> {
+        let mut expected = Vec::new();
+        for token in reference::values(x).chunks(norm.weight.len()) {
+            let count = token.len() as f64;
+            let mean = token.iter().map(|value| f64::from(*value)).sum::<f64>() / count;
+            let variance = token.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / count;
+            expected.extend(token.iter().zip(norm.weight.iter().zip(&norm.bias)).map(|(value, (weight, bias))| {
+                let normal = (f64::from(*value) - mean) / (variance + EPSILON).sqrt();
+                (normal * f64::from(*weight) + f64::from(*bias)) as f32
+            }));
+        }
+        expected
+    }
+
+    #[test]
+    fn a_layer_norm_over_odd_widths_equals_the_definition() {
+        for place in reference::places() {
+            for channels in [1, 2, 3, 5, 15, 16, 17, 33, 96, 320, 321, 1280] {
+                let shifted: Vec<f32> =
+                    reference::numbers(2 * 67 * channels, 1).iter().map(|value| value * 2.0 - 5.0).collect();
+                let (x, norm) = (Tensor::new(&shifted, &[2, 67, channels], &place).unwrap(), norm(channels));
+                let got = norm.forward(&x).unwrap();
+                assert_eq!(got.dims(), x.dims());
+                reference::assert_close(&reference::values(&got), &plain(&x, &norm), reference::tolerance(&place));
+            }
+        }
+    }
+
+    #[test]
+    fn a_pending_group_norm_is_applied_first() {
+        for place in reference::places() {
+            let group_norm = GroupNorm::new(&parameter([33], 5), &parameter([33], 6), 3, EPSILON).unwrap();
+            let pending = group_norm.forward_silu(&tensor_at([2, 5, 7, 33], 1, &place)).unwrap();
+            let after = norm(33).forward(&pending.resolved().unwrap()).unwrap();
+            reference::assert_same(&norm(33).forward(&pending).unwrap(), &after);
+        }
+    }
+
+    #[test]
+    fn neither_company_nor_threads_nor_damage_in_another_row_show() {
+        for place in reference::places() {
+            for (tokens, channels) in [(1, 5), (77, 33), (301, 320)] {
+                let (x, norm) = (tensor_at([3, tokens, channels], 1, &place), norm(channels));
+                let run = |x: &Tensor| norm.forward(x).unwrap();
+                reference::assert_rows_stand_alone(&x, &place, run);
+                reference::assert_threads_do_not_show(|| run(&x));
+                reference::assert_damage_stays_in_its_row(&x, &place, run);
+            }
+        }
+    }
+
+    #[test]
+    fn the_path_for_other_devices_agrees() {
+        let (x, norm) = (reference::tensor([2, 5, 33], 1), norm(33));
+        let (here, there) = (norm.forward(&x).unwrap(), norm.forward(&reference::elsewhere(&x)).unwrap());
+        reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
+    }
+
+    #[test]
+    fn wrong_shapes_are_errors_and_not_panics() {
+        for place in reference::places() {
+            assert!(norm(5).forward(&tensor_at([2, 3, 6], 1, &place)).is_err());
+            assert!(norm(5).forward(&tensor_at([], 1, &place)).is_err());
+        }
+        assert!(LayerNorm::new(&parameter([5], 1), &parameter([6], 2), EPSILON).is_err());
+        assert!(norm(5).forward(&reference::elsewhere(&reference::tensor([2, 6], 1))).is_err());
+        assert_eq!(norm(5).forward(&Tensor::new(&[], &[0, 5], &Place::host()).unwrap()).unwrap().dims(), [0, 5]);
+    }
+}

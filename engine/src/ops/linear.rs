@@ -104,11 +104,15 @@ impl Linear {
         match (&self.weight, &x.values) {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
                 let y = on_device(x, weight, bias.as_ref(), self.activation)?;
-                let residual = residual.and_then(Tensor::device_values);
-                Ok(Tensor::on_device(residual.map_or(Ok(y.clone()), |residual| &y + residual)?))
+                let Some(residual) = residual else { return Ok(Tensor::on_device(y)) };
+                let Some(residual) = residual.device_values() else {
+                    return Err(misuse("a linear layer and its residual are on different devices".to_owned()));
+                };
+                Ok(Tensor::on_device((y + residual)?))
             }
             (Weight::Host { panels, bias }, Values::Host(_)) => {
-                let (rows, positions) = (before[0], before[1..].iter().product());
+                let (rows, positions) =
+                    before.split_first().map_or((1, 1), |(rows, positions)| (*rows, positions.iter().product()));
                 let call = Call { panels, bias: bias.as_deref(), then: self.then(), rows, positions, outputs };
                 let residual = residual.map(Tensor::resolved).transpose()?;
                 let residual = residual.as_ref().map(Tensor::host).transpose()?;
@@ -163,8 +167,13 @@ struct Call<'a> {
 impl Call<'_> {
     fn run<E: Element>(&self, x: &Tensor, residual: Option<&Buffer>) -> Result<Buffer> {
         let mut output = Buffer::new(E::FORMAT, self.rows * self.positions * self.outputs)?;
-        let finish =
-            Finish { outputs: self.outputs, bias: self.bias, per_row: None, residual: residual.map(Buffer::values::<E>), then: self.then };
+        let finish = Finish {
+            outputs: self.outputs,
+            bias: self.bias,
+            per_row: None,
+            residual: residual.map(Buffer::values::<E>),
+            then: self.then,
+        };
         let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
         let inputs = x.dims()[x.dims().len() - 1];
         let ready = host.pending.is_none() && inputs == self.panels.inner() && host.buffer.format() == E::FORMAT;
@@ -198,7 +207,7 @@ impl Call<'_> {
         let wanted = wanted_tasks(work);
         let block = positions.div_ceil(wanted).next_multiple_of(8).clamp(32, BLOCK);
         let blocks = positions.div_ceil(block);
-        let slices = windows::slices(self.panels, wanted.div_ceil(blocks), self.then);
+        let slices = windows::slices(self.panels, wanted.div_ceil(blocks.max(1)), self.then);
         run_tasks(blocks * slices.len(), work, |task| {
             let (slice, first) = (&slices[task / blocks], task % blocks * block);
             let line =
@@ -252,3 +261,6 @@ fn on_device(
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

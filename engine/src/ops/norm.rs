@@ -319,3 +319,6 @@ fn add_lanes<S: Simd>(simd: S, totals: &mut [f64], lanes: S::F32) {
         *total += f64::from(value);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -104,3 +104,109 @@ pub(super) fn run_tasks(count: usize, work: usize, task: impl Fn(usize) -> Resul
         (0..count).into_par_iter().with_max_len(1).try_for_each(task)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use half::bf16;
+
+    use super::*;
+    use crate::ops::buffer::Format;
+    use crate::ops::misuse;
+
+    fn on<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    }
+
+    #[test]
+    fn every_task_runs_once_whatever_the_work() {
+        for (count, work) in [(0, 0), (1, usize::MAX), (7, 0), (7, 3 * SMALL), (1000, 3 * SMALL)] {
+            for threads in [1, 2, 3] {
+                let runs: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                let task = |task: usize| {
+                    runs[task].fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                };
+                on(threads, || run_tasks(count, work, task)).unwrap();
+                assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn the_error_of_a_task_is_the_error_of_all() {
+        for work in [0, 3 * SMALL] {
+            let task = |task| if task == 5 { Err(misuse("task 5".to_owned())) } else { Ok(()) };
+            let error = run_tasks(9, work, task).unwrap_err().to_string();
+            assert!(error.contains("task 5"), "{error}");
+        }
+    }
+
+    #[test]
+    fn little_work_is_one_task_and_much_work_some_for_each_thread() {
+        assert_eq!((wanted_tasks(0), wanted_tasks(SMALL - 1)), (1, 1));
+        for threads in [1, 2, 3] {
+            let most = on(threads, || wanted_tasks(usize::MAX));
+            assert!(most >= threads && most.is_multiple_of(threads), "{most} tasks for {threads} threads");
+        }
+    }
+
+    #[test]
+    fn room_is_as_large_as_asked_for_and_nobody_elses() {
+        let sizes = [5, 5000, 70, 1, 0, 900, 12, 13, 14];
+        for len in sizes {
+            with_scratch::<f32, _>(len, |outer| {
+                outer.fill(1.0);
+                with_scratch::<f32, _>(len, |inner| {
+                    assert_eq!(inner.len(), len);
+                    inner.fill(2.0);
+                })
+                .unwrap();
+                with_scratch::<bf16, _>(len, |inner| inner.fill(bf16::ZERO)).unwrap();
+                assert!(outer.len() == len && outer.iter().all(|value| *value == 1.0));
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn a_thread_keeps_its_room_for_the_next_task() {
+        let place = || with_scratch::<f32, _>(4321, |room| room.as_ptr().addr()).unwrap();
+        assert_eq!(place(), place());
+        for len in 1..20 {
+            with_scratch::<bf16, _>(len * 1000, |_| ()).unwrap();
+        }
+        ROOMS.with(|rooms| {
+            let rooms = rooms.borrow();
+            assert!(rooms.len() <= 6);
+            assert!(rooms.iter().any(|room| room.format() == Format::Bf16));
+        });
+    }
+
+    #[test]
+    fn parts_are_written_where_they_lie() {
+        let mut values = [0u32; 10];
+        let shared = Shared::new(&mut values);
+        // SAFETY: the two parts do not overlap.
+        #[allow(unsafe_code)]
+        unsafe {
+            shared.part(2..5).fill(1);
+            shared.part(5..10).fill(2);
+            shared.part(10..10).fill(3);
+        }
+        assert_eq!(shared.len(), 10);
+        assert_eq!(values, [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "past the destination")]
+    fn a_part_past_the_end_is_refused() {
+        let mut values = [0u32; 10];
+        // SAFETY: the only part.
+        #[allow(unsafe_code)]
+        unsafe {
+            Shared::new(&mut values).part(5..11);
+        }
+    }
+}

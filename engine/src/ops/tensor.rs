@@ -151,12 +151,17 @@ impl Tensor {
         self.elements() * each
     }
 
-    /// The same values in another shape; the first dimension (rows) must stay if a norm is pending.
+    /// The same values in another shape. A pending norm stays pending if rows and channels do.
     pub fn reshape(&self, dims: &[usize]) -> Result<Self> {
         if self.elements() != dims.iter().product::<usize>() {
             return Err(misuse(format!("{:?} cannot become {dims:?}", self.dims)));
         }
         let values = match &self.values {
+            Values::Host(Host { pending: Some(_), .. })
+                if (dims.first(), dims.last()) != (self.dims.first(), self.dims.last()) =>
+            {
+                return self.resolved()?.reshape(dims);
+            }
             Values::Host(host) => Values::Host(host.clone()),
             Values::Device(tensor) => Values::Device(tensor.reshape(dims)?),
         };
@@ -166,13 +171,16 @@ impl Tensor {
     /// The rows of all `tensors`, one after the other.
     pub fn cat_rows(tensors: &[&Self]) -> Result<Self> {
         let Some(first) = tensors.first() else { return Err(misuse("no tensors to join".to_owned())) };
-        if tensors.iter().any(|tensor| tensor.dims[1..] != first.dims[1..]) {
+        if first.dims.is_empty() || tensors.iter().any(|tensor| tensor.dims.get(1..) != first.dims.get(1..)) {
             return Err(misuse("tensors of different rows cannot be joined".to_owned()));
         }
         let rows = tensors.iter().map(|tensor| tensor.dims[0]).sum();
         let dims: Vec<usize> = std::iter::once(rows).chain(first.dims[1..].iter().copied()).collect();
         if let Values::Device(_) = first.values {
-            let parts: Vec<&candle_core::Tensor> = tensors.iter().filter_map(|tensor| tensor.device_values()).collect();
+            let parts: Option<Vec<_>> = tensors.iter().map(|tensor| tensor.device_values()).collect();
+            let Some(parts) = parts else {
+                return Err(misuse("tensors on different devices cannot be joined".to_owned()));
+            };
             return Ok(Self::on_device(candle_core::Tensor::cat(&parts, 0)?));
         }
         let tensors = tensors.iter().map(|tensor| tensor.resolved()).collect::<Result<Vec<_>>>()?;
@@ -208,5 +216,99 @@ fn join<T: super::buffer::Value>(joined: &mut Buffer, parts: &[&Buffer]) {
         let (here, behind) = rest.split_at_mut(part.len());
         here.copy_from_slice(part.values());
         rest = behind;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::norm::GroupNorm;
+    use crate::ops::reference::{self, parameter, tensor_at};
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn values_come_back_as_they_went_in_up_to_their_format() {
+        let values = [1.0, -2.5, 0.1, f32::INFINITY, -0.0, 1e-3];
+        let x = Tensor::new(&values, &[2, 3], &Place::host()).unwrap();
+        assert_eq!(bits(&reference::values(&x)), bits(&values));
+        let x = Tensor::new(&values, &[2, 3], &reference::bf16_place()).unwrap();
+        let rounded = values.map(|value| bf16::from_f32(value).to_f32());
+        assert_eq!(bits(&reference::values(&x)), bits(&rounded));
+        assert_eq!(bits(&reference::values(&reference::elsewhere(&x))), bits(&rounded));
+    }
+
+    #[test]
+    fn the_processor_computes_f16_as_f32() {
+        let half = Place::new(&Device::Cpu, DType::F16);
+        assert_eq!((half.on_host(), reference::bf16_place().on_host()), (Some(Format::F32), Some(Format::Bf16)));
+        assert_eq!(reference::bf16_place().in_f32().on_host(), Some(Format::F32));
+        assert_eq!(
+            (tensor_at([2, 3], 1, &half).bytes(), tensor_at([2, 3], 1, &reference::bf16_place()).bytes()),
+            (24, 12)
+        );
+        assert_eq!(reference::elsewhere(&tensor_at([2, 3], 1, &half)).bytes(), 24);
+    }
+
+    #[test]
+    fn a_tensor_has_as_many_values_as_its_dimensions_ask_for() {
+        for place in reference::places() {
+            assert!(Tensor::new(&[1.0; 5], &[2, 3], &place).is_err());
+            assert!(Tensor::new(&[1.0; 2], &[], &place).is_err());
+            assert_eq!(Tensor::new(&[1.0], &[], &place).unwrap().to_values().unwrap(), [1.0]);
+            let x = tensor_at([2, 3, 4], 1, &place);
+            assert_eq!((x.elements(), x.dims3().unwrap()), (24, (2, 3, 4)));
+            assert!(x.dims4().is_err());
+            let x = x.reshape(&[1, 4, 2, 3]).unwrap();
+            assert_eq!(x.dims4().unwrap(), (1, 4, 2, 3));
+            assert!(x.dims3().is_err());
+            assert!(x.reshape(&[5, 5]).is_err());
+            assert!(reference::elsewhere(&x).reshape(&[5, 5]).is_err());
+        }
+    }
+
+    #[test]
+    fn joined_rows_follow_each_other_with_what_was_pending_done() {
+        for place in reference::places() {
+            let norm = GroupNorm::new(&parameter([3], 1), &parameter([3], 2), 1, 1e-5).unwrap();
+            let (a, b) = (tensor_at([1, 2, 2, 3], 3, &place), tensor_at([2, 2, 2, 3], 4, &place));
+            let pending = norm.forward_silu(&b).unwrap();
+            let joined = Tensor::cat_rows(&[&a, &pending, &b]).unwrap();
+            assert_eq!(joined.dims(), [5, 2, 2, 3]);
+            let expected = [reference::values(&a), reference::values(&pending), reference::values(&b)].concat();
+            assert_eq!(reference::values(&joined), expected);
+            let there = Tensor::cat_rows(&[&reference::elsewhere(&a), &reference::elsewhere(&b)]).unwrap();
+            assert_eq!(reference::values(&there), [reference::values(&a), reference::values(&b)].concat());
+        }
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_together_are_errors_and_not_panics() {
+        for place in reference::places() {
+            let (a, number) = (tensor_at([1, 3], 1, &place), tensor_at([], 1, &place));
+            assert!(Tensor::cat_rows(&[]).is_err());
+            assert!(Tensor::cat_rows(&[&a, &tensor_at([1, 4], 1, &place)]).is_err());
+            assert!(Tensor::cat_rows(&[&a, &tensor_at([1, 3, 1], 1, &place)]).is_err());
+            assert!(Tensor::cat_rows(&[&number, &number]).is_err());
+            assert!(Tensor::cat_rows(&[&a, &number]).is_err());
+            assert!(Tensor::cat_rows(&[&a, &reference::elsewhere(&a)]).is_err());
+            assert!(Tensor::cat_rows(&[&reference::elsewhere(&a), &a]).is_err());
+        }
+    }
+
+    #[test]
+    fn values_with_something_pending_are_not_given_out() {
+        let norm = GroupNorm::new(&parameter([3], 1), &parameter([3], 2), 1, 1e-5).unwrap();
+        let pending = norm.forward(&reference::tensor([2, 2, 2, 3], 3)).unwrap();
+        assert!(pending.host().is_err());
+        assert!(pending.resolved().unwrap().host().is_ok());
+        // In another shape, too, the norm is that of its own rows and channels.
+        for dims in [vec![2, 4, 3], vec![1, 24], vec![2, 12], vec![8, 3], vec![4, 2, 3], vec![24]] {
+            assert_eq!(reference::values(&pending.reshape(&dims).unwrap()), reference::values(&pending), "{dims:?}");
+        }
+        assert!(pending.reshape(&[2, 4, 3]).unwrap().host().is_err(), "needlessly applied");
+        assert!(reference::elsewhere(&pending).host().is_err());
     }
 }

@@ -335,3 +335,6 @@ pub(super) fn normalise<S: Simd, F: Element, E: Element>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

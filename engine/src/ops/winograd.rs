@@ -97,7 +97,7 @@ impl Winograd {
         let down = (fitting.min(shared) / across).clamp(1, all.down);
         let (blocks_down, blocks_across) = (all.down.div_ceil(down), all.across.div_ceil(across));
         let blocks = rows * blocks_down * blocks_across;
-        let slices = slices(&self.weights[0], wanted.div_ceil(blocks), finish.then);
+        let slices = slices(&self.weights[0], wanted.div_ceil(blocks.max(1)), finish.then);
         run_tasks(blocks * slices.len(), work, |task| {
             let (slice, block) = (slices[task / blocks].clone(), task % blocks);
             let row = block / (blocks_down * blocks_across);
