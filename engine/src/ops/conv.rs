@@ -40,7 +40,10 @@ pub(crate) struct Conv2d {
 }
 
 enum Weight {
-    Host { packed: Packed, bias: Option<Vec<f32>> },
+    Host {
+        packed: Packed,
+        bias: Option<Vec<f32>>,
+    },
     /// (out, in, kernel height, kernel width) as in the checkpoint, and (out).
     Device {
         weight: candle_core::Tensor,
@@ -173,12 +176,7 @@ impl Added<'_> {
 
 /// The format of the factors if minimal filtering pays: where the weight is small beside the maps it
 /// meets, as all are that see large maps.
-fn winograd_format(
-    format: Format,
-    kernel: (usize, usize),
-    shape: ConvShape,
-    weights: usize,
-) -> Option<Format> {
+fn winograd_format(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> Option<Format> {
     let fits = kernel == (3, 3) && shape == ConvShape::same(3);
     // Few channels leave more to transform than to multiply.
     let most = match format {
@@ -271,3 +269,6 @@ fn on_device(
         _ => y,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -197,3 +197,130 @@ fn nearest(to: usize, from_len: usize, to_len: usize) -> usize {
     let scale = from_len as f32 / to_len as f32;
     ((to as f32 * scale) as usize).min(from_len - 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::norm::GroupNorm;
+    use crate::ops::reference::{self, parameter, tensor_at};
+
+    /// Enlarged, then convolved, by the definitions.
+    fn plain(x: &Tensor, weight: &[f32], bias: &[f32], (height, width): (usize, usize)) -> Vec<f32> {
+        let inputs = x.dims()[3];
+        let large = Tensor::new(
+            &reference::values(&upsample_nearest(x, height, width).unwrap()),
+            &[x.dims()[0], height, width, inputs],
+            &Place::host(),
+        )
+        .unwrap();
+        reference::convolution(&large, (weight, [bias.len(), inputs, 3, 3]), bias, ConvShape::same(3)).1
+    }
+
+    #[test]
+    fn doubling_repeats_each_pixel_four_times() {
+        for place in reference::places() {
+            let x = tensor_at([2, 2, 3, 5], 1, &place);
+            let large = upsample_nearest(&x, 4, 6).unwrap();
+            assert_eq!(large.dims(), [2, 4, 6, 5]);
+            let (small, large) = (reference::values(&x), reference::values(&large));
+            for (row, y, at) in (0..2).flat_map(|row| (0..4).flat_map(move |y| (0..6).map(move |at| (row, y, at)))) {
+                let pixel = &large[((row * 4 + y) * 6 + at) * 5..][..5];
+                assert_eq!(pixel, &small[((row * 2 + y / 2) * 3 + at / 2) * 5..][..5]);
+            }
+        }
+    }
+
+    #[test]
+    fn an_odd_size_takes_the_pixels_that_torch_takes() {
+        // torch.nn.functional.interpolate(arange(3), size=5) and (arange(4), size=7), mode "nearest".
+        let chosen = |from, to| (0..to).map(|at| nearest(at, from, to)).collect::<Vec<_>>();
+        assert_eq!(chosen(3, 5), [0, 0, 1, 1, 2]);
+        assert_eq!(chosen(4, 7), [0, 0, 1, 1, 2, 2, 3]);
+    }
+
+    #[test]
+    fn a_doubled_or_odd_size_equals_enlarging_and_then_convolving() {
+        let cases = [
+            ([1, 1, 1, 1], 1, (2, 2)),
+            ([2, 3, 5, 5], 7, (6, 10)),
+            ([2, 3, 5, 5], 7, (5, 9)),
+            ([1, 7, 9, 33], 35, (14, 18)),
+            ([1, 7, 9, 33], 35, (13, 17)),
+            ([1, 2, 36, 3], 320, (4, 72)),
+            ([2, 9, 4, 64], 64, (18, 8)),
+            ([2, 9, 4, 64], 64, (18, 7)),
+            ([1, 3, 3, 4], 5, (3, 3)),
+            ([1, 5, 4, 3], 2, (15, 12)),
+        ];
+        for place in reference::places() {
+            for (dims, outputs, (height, width)) in cases {
+                let (x, weight, bias) =
+                    (tensor_at(dims, 1, &place), parameter([outputs, dims[3], 3, 3], 2), parameter([outputs], 3));
+                let conv = UpsampleConv::new(&weight, &bias, &place).unwrap();
+                let got = conv.forward(&x, height, width).unwrap();
+                assert_eq!(got.dims(), [dims[0], height, width, outputs]);
+                let expected = plain(&x, &reference::weight_values(&weight, &place), &bias.values(), (height, width));
+                reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
+            }
+        }
+    }
+
+    #[test]
+    fn a_pending_norm_that_is_read_gives_what_the_norm_and_then_the_convolution_give() {
+        for place in reference::places() {
+            let norm = GroupNorm::new(&parameter([33], 1), &parameter([33], 2), 11, 1e-5).unwrap();
+            let conv = UpsampleConv::new(&parameter([7, 33, 3, 3], 3), &parameter([7], 4), &place).unwrap();
+            let pending = norm.forward_silu(&tensor_at([2, 5, 7, 33], 5, &place)).unwrap();
+            for (height, width) in [(10, 14), (9, 13)] {
+                let after = conv.forward(&pending.resolved().unwrap(), height, width).unwrap();
+                reference::assert_same(&conv.forward(&pending, height, width).unwrap(), &after);
+            }
+        }
+    }
+
+    #[test]
+    fn neither_company_nor_threads_nor_damage_in_another_row_show() {
+        for place in reference::places() {
+            for (channels, (height, width)) in [(5, (12, 22)), (5, (11, 21)), (64, (12, 22)), (64, (11, 21))] {
+                let weight = parameter([70, channels, 3, 3], 1);
+                let conv = UpsampleConv::new(&weight, &parameter([70], 2), &place).unwrap();
+                let x = tensor_at([3, 6, 11, channels], 3, &place);
+                let run = |x: &Tensor| conv.forward(x, height, width).unwrap();
+                reference::assert_rows_stand_alone(&x, &place, run);
+                reference::assert_threads_do_not_show(|| run(&x));
+                reference::assert_damage_stays_in_its_row(&x, &place, run);
+            }
+        }
+    }
+
+    #[test]
+    fn the_path_for_other_devices_agrees() {
+        let (weight, bias) = (parameter([6, 5, 3, 3], 1), parameter([6], 2));
+        let here = UpsampleConv::new(&weight, &bias, &Place::host()).unwrap();
+        let there = Conv2d::elsewhere(&weight, Some(&bias), ConvShape::same(3));
+        let there = UpsampleConv { weight: Weight::Device(there), channels: (5, 6) };
+        let x = reference::tensor([2, 4, 3, 5], 3);
+        for (height, width) in [(8, 6), (7, 5)] {
+            let expected = here.forward(&x, height, width).unwrap();
+            let got = there.forward(&reference::elsewhere(&x), height, width).unwrap();
+            assert_eq!(got.dims(), expected.dims());
+            reference::assert_close(&reference::values(&got), &reference::values(&expected), 1e-5);
+        }
+        assert!(there.forward(&x, 8, 6).is_err());
+    }
+
+    #[test]
+    fn wrong_shapes_are_errors_and_not_panics() {
+        for place in reference::places() {
+            let conv = UpsampleConv::new(&parameter([6, 5, 3, 3], 1), &parameter([6], 2), &place).unwrap();
+            for x in [tensor_at([1, 4, 3, 6], 3, &place), tensor_at([1, 4, 3, 4], 3, &place)] {
+                assert!(conv.forward(&x, 8, 6).is_err());
+                assert!(conv.forward(&x, 7, 6).is_err());
+            }
+            assert!(conv.forward(&tensor_at([12, 5], 3, &place), 8, 6).is_err());
+            assert!(conv.forward(&tensor_at([], 3, &place), 2, 2).is_err());
+            assert!(conv.forward(&reference::elsewhere(&tensor_at([1, 4, 3, 5], 3, &place)), 8, 6).is_err());
+            assert!(UpsampleConv::new(&parameter([6, 5, 1, 1], 1), &parameter([6], 2), &place).is_err());
+        }
+    }
+}
