@@ -10,9 +10,11 @@ use super::simd::Simd;
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Avx512(());
 
-/// Proof of AVX-512 (F and BW) and AVX512-BF16.
+/// Proof of AVX-512 (F and BW) and AVX512-BF16, and perhaps of tiles.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct Avx512Bf16(());
+pub(in crate::ops) struct Avx512Bf16 {
+    tiles: bool,
+}
 
 impl Avx512 {
     /// # Safety
@@ -26,7 +28,13 @@ impl Avx512Bf16 {
     /// # Safety
     /// The processor must have AVX-512 F, BW and BF16.
     pub(super) unsafe fn new() -> Self {
-        Self(())
+        Self { tiles: false }
+    }
+
+    /// # Safety
+    /// As [`Avx512Bf16::new`], and tiles must be [available](super::amx::is_available).
+    pub(super) unsafe fn with_tiles() -> Self {
+        Self { tiles: true }
     }
 }
 
@@ -174,6 +182,10 @@ impl Simd for Avx512Bf16 {
     type Pairs = __m512bh;
     plain_operations!();
 
+    #[inline(always)]
+    fn has_tiles(self) -> bool {
+        self.tiles
+    }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, value: __m512) {
         unsafe {

@@ -102,7 +102,8 @@ pub(in crate::ops) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
             Isa::Portable => kernel.run(Portable),
             Isa::Avx2 => avx2(kernel, Avx2::new()),
             Isa::Avx512 => avx512(kernel, Avx512::new()),
-            Isa::Avx512Bf16 | Isa::Amx => avx512_bf16(kernel, Avx512Bf16::new()),
+            Isa::Avx512Bf16 => avx512_bf16(kernel, Avx512Bf16::new()),
+            Isa::Amx => avx512_bf16(kernel, Avx512Bf16::with_tiles()),
         }
     }
 }

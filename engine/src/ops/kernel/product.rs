@@ -9,6 +9,8 @@ use super::panels::{PANEL, Panels};
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use crate::ops::shared::Shared;
+#[cfg(target_arch = "x86_64")]
+use {super::amx, super::isa::Isa, crate::ops::buffer::Format};
 
 /// Bytes of packed weights that are worked through before the next positions: half of a small
 /// second-level cache.
@@ -16,6 +18,9 @@ const CHUNK_BYTES: usize = 256 * 1024;
 
 /// Panels whose sums are kept until they are whole.
 const GROUP: usize = 3;
+
+/// Runs are cut at multiples of so many steps: the depth of a whole tile.
+const CUT: usize = 16;
 
 /// What follows the sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,19 +81,30 @@ pub(in crate::ops) fn sums_len(positions: usize) -> usize {
     positions * GROUP * PANEL
 }
 
+/// Steps of a chunk, a multiple of [`CUT`].
+fn chunk_steps<E: Element>() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if E::FORMAT == Format::Bf16 && Isa::best() == Isa::Amx {
+        return amx::CHUNK_STEPS;
+    }
+    CHUNK_BYTES / (GROUP * PANEL * E::DEPTH * size_of::<E>()) / CUT * CUT
+}
+
 /// Cuts runs of inner positions (where they start in a window, and how many values) into chunks whose
 /// weights stay in a core's cache while all positions of a block pass.
 pub(in crate::ops) fn chunks<E: Element>(runs: impl IntoIterator<Item = (usize, usize)>) -> Vec<Vec<Piece>> {
-    let most = CHUNK_BYTES / (GROUP * PANEL * E::DEPTH * size_of::<E>());
+    let most = chunk_steps::<E>();
     let (mut chunks, mut chunk, mut room, mut first) = (Vec::new(), Vec::new(), most, 0);
     for (left, len) in runs {
         debug_assert!(len.is_multiple_of(E::DEPTH));
         let (mut left, mut steps) = (left, len / E::DEPTH);
         while steps > 0 {
-            let taken = steps.min(room);
-            chunk.push(Piece { left, first, steps: taken });
+            let taken = if steps <= room { steps } else { room / CUT * CUT };
+            if taken > 0 {
+                chunk.push(Piece { left, first, steps: taken });
+            }
             (left, first, steps, room) = (left + taken * E::DEPTH, first + taken, steps - taken, room - taken);
-            if room == 0 {
+            if steps > 0 || room == 0 {
                 chunks.push(std::mem::take(&mut chunk));
                 room = most;
             }
@@ -102,7 +118,7 @@ pub(in crate::ops) fn chunks<E: Element>(runs: impl IntoIterator<Item = (usize, 
 
 impl<E: Element> Block<'_, E> {
     /// Panics unless every place that the block will touch is there.
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let reach = self.pieces.iter().flatten().map(|piece| piece.left + piece.steps * E::DEPTH).max().unwrap_or(0);
         let steps: usize = self.pieces.iter().flatten().map(|piece| piece.steps).sum();
         assert_eq!(steps * E::DEPTH, self.weight.inner(), "inner positions of a product");
@@ -156,7 +172,7 @@ impl<E: Element> Block<'_, E> {
 
     /// Finishes and stores the sums of the panels `group` at all positions.
     #[inline(always)]
-    fn store<S: Simd>(&self, simd: S, group: &Range<usize>) {
+    pub(super) fn store<S: Simd>(&self, simd: S, group: &Range<usize>) {
         let sums_stride = group.len() * PANEL;
         let gated = self.finish.then == Then::Gate;
         let panels = if gated { group.start / 2..group.end / 2 } else { group.clone() };
@@ -281,6 +297,11 @@ impl<E: Element> Kernel for Block<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
+        #[cfg(target_arch = "x86_64")]
+        if E::FORMAT == Format::Bf16 && simd.has_tiles() {
+            // SAFETY: `has_tiles` is the proof, and nothing below it comes back here.
+            return self.run_by_tiles(simd, &mut unsafe { amx::Hardware::new() });
+        }
         self.check();
         let group = if self.finish.then == Then::Gate { 2 } else { GROUP };
         let mut start = self.panels.start;

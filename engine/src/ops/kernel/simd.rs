@@ -16,6 +16,13 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     /// Positions × vectors of outputs whose sums fit into the registers.
     const TILE: (usize, usize);
 
+    /// Whether products of `bf16` go by tiles, which this thread may use.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn has_tiles(self) -> bool {
+        false
+    }
+
     fn splat(self, value: f32) -> Self::F32;
     /// # Safety
     /// `from` must be readable for [`Simd::LANES`] values; no alignment is asked for.

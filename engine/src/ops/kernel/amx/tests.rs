@@ -1,0 +1,280 @@
+use super::emulated::Emulated;
+use super::*;
+use crate::ops::kernel::isa::{Isa, Kernel, dispatch};
+use crate::ops::kernel::panels::Panels;
+use crate::ops::kernel::product::{Finish, Line, Then, chunks, sums_len};
+use crate::ops::kernel::tile::Piece;
+use crate::ops::reference::{assert_close, numbers, product};
+use crate::ops::shared::Shared;
+
+/// A product over windows that lie in a buffer like those of a convolution.
+struct Case {
+    /// Positions of each line.
+    lines: Vec<usize>,
+    /// Where the runs of a window start, and their length.
+    runs: Vec<(usize, usize)>,
+    left_stride: usize,
+    /// Values from one line to the next.
+    line_stride: usize,
+    outputs: usize,
+    /// Steps of a chunk.
+    chunk: usize,
+}
+
+/// The left factor, whose every value outside of the windows would spoil what it is multiplied with.
+fn left(case: &Case) -> Vec<bf16> {
+    let reach = case.runs.iter().map(|(start, len)| start + len).max().unwrap();
+    let len = case
+        .lines
+        .iter()
+        .enumerate()
+        .filter(|(_, positions)| **positions > 0)
+        .map(|(line, positions)| line * case.line_stride + (positions - 1) * case.left_stride + reach);
+    let mut values = vec![bf16::NAN; len.max().unwrap_or(0)];
+    let numbers = numbers(values.len(), 1);
+    for (line, positions) in case.lines.iter().enumerate() {
+        for position in 0..*positions {
+            let window = line * case.line_stride + position * case.left_stride;
+            for (start, len) in &case.runs {
+                for at in window + start..window + start + len {
+                    values[at] = bf16::from_f32(numbers[at]);
+                }
+            }
+        }
+    }
+    values
+}
+
+fn weight(case: &Case) -> Panels {
+    let inner = case.runs.iter().map(|(_, len)| len).sum();
+    let values = numbers(case.outputs * inner, 2);
+    Panels::pack(Format::Bf16, case.outputs, inner, |output, column| {
+        column.copy_from_slice(&values[output * inner..(output + 1) * inner]);
+    })
+    .unwrap()
+}
+
+fn lines(case: &Case) -> Vec<Line> {
+    let mut before = 0;
+    let line = |(index, positions): (usize, &usize)| {
+        let line =
+            Line { left: index * case.line_stride, output: before * case.outputs, row: 0, positions: *positions };
+        before += positions;
+        line
+    };
+    case.lines.iter().enumerate().map(line).collect()
+}
+
+/// As `chunks`, with chunks of this case's size.
+fn pieces(case: &Case) -> Vec<Vec<Piece>> {
+    let mut chunks = vec![Vec::new()];
+    let (mut first, mut room) = (0, case.chunk);
+    for (start, len) in &case.runs {
+        let mut done = 0;
+        while done < len / PAIR {
+            if room == 0 {
+                chunks.push(Vec::new());
+                room = case.chunk;
+            }
+            let steps = room.min(len / PAIR - done);
+            chunks.last_mut().unwrap().push(Piece { left: start + done * PAIR, first, steps });
+            (first, done, room) = (first + steps, done + steps, room - steps);
+        }
+    }
+    chunks
+}
+
+/// (positions, outputs), summed by `unit`, `group` panels at a time.
+fn sums(case: &Case, unit: &mut impl Tiles, group: usize) -> Vec<f32> {
+    let (left, weight, lines) = (left(case), weight(case), lines(case));
+    let positions: usize = case.lines.iter().sum();
+    let panel = weight.inner() * PANEL;
+    let mut result = vec![0.0; positions * case.outputs];
+    for start in (0..case.outputs.div_ceil(PANEL)).step_by(group) {
+        let panels = group.min(case.outputs.div_ceil(PANEL) - start);
+        // Whatever the room held before must not show.
+        let mut sums = vec![f32::NAN; positions * panels * PANEL];
+        let product = Product {
+            left: left.as_ptr(),
+            left_stride: case.left_stride,
+            lines: &lines,
+            right: weight.values::<bf16>()[start * panel..].as_ptr(),
+            panel,
+            panels,
+            sums: sums.as_mut_ptr(),
+        };
+        // SAFETY: the factors reach as far as the case says.
+        unsafe { product.run(unit, &pieces(case)) };
+        for (position, sums) in sums.chunks_exact(panels * PANEL).enumerate() {
+            let columns = start * PANEL..case.outputs.min((start + panels) * PANEL);
+            let count = columns.len();
+            result[position * case.outputs..][columns].copy_from_slice(&sums[..count]);
+        }
+    }
+    result
+}
+
+/// (positions, outputs), plainly.
+fn expected(case: &Case) -> Vec<f32> {
+    let left = left(case);
+    let inner: usize = case.runs.iter().map(|(_, len)| len).sum();
+    let mut gathered = Vec::new();
+    for (line, positions) in case.lines.iter().enumerate() {
+        for position in 0..*positions {
+            let window = line * case.line_stride + position * case.left_stride;
+            for (start, len) in &case.runs {
+                gathered.extend(left[window + start..window + start + len].iter().map(|value| value.to_f32()));
+            }
+        }
+    }
+    let values = numbers(case.outputs * inner, 2);
+    let right: Vec<f32> = (0..inner * case.outputs)
+        .map(|at| bf16::from_f32(values[at % case.outputs * inner + at / case.outputs]).to_f32())
+        .collect();
+    product(&gathered, &right, case.lines.iter().sum(), inner, case.outputs)
+}
+
+/// A dense product in one line.
+fn dense(positions: usize, inner: usize, outputs: usize, chunk: usize) -> Case {
+    let runs = vec![(0, inner)];
+    Case { lines: vec![positions], runs, left_stride: inner, line_stride: 0, outputs, chunk }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (positions, inner, outputs) in [
+        (1, 2, 1),
+        (1, 320, 17),
+        (2, 40, 32),
+        (16, 32, 16),
+        (17, 34, 33),
+        (31, 30, 48),
+        (32, 64, 32),
+        (33, 66, 47),
+        (77, 96, 80),
+        (100, 126, 31),
+    ] {
+        cases.push(dense(positions, inner, outputs, 1000));
+        cases.push(dense(positions, inner, outputs, 16));
+        cases.push(dense(positions, inner, outputs, 21));
+    }
+    // 3×3 windows, lines of which see each other's pixels; lines of different length, and empty ones.
+    for (lines, channels, stride, chunk) in [
+        (vec![8; 3], 32, 1, 160),
+        (vec![16; 5], 20, 1, 48),
+        (vec![20, 0, 20, 4], 4, 2, 160),
+        (vec![7, 16, 33, 1, 25], 38, 1, 32),
+    ] {
+        let pixels = 3 + (lines.iter().max().unwrap() - 1) * stride;
+        let line_stride = pixels * channels;
+        let runs = (0..3).map(|line| (line * line_stride, 3 * channels)).collect();
+        cases.push(Case { lines, runs, left_stride: stride * channels, line_stride, outputs: 35, chunk });
+    }
+    // Gaps in the windows and behind them.
+    let runs = vec![(1, 6), (9, 40), (60, 32)];
+    cases.push(Case { lines: vec![19, 12], runs, left_stride: 101, line_stride: 2500, outputs: 40, chunk: 30 });
+    cases
+}
+
+#[test]
+fn sums_by_tiles_are_those_of_the_plain_product() {
+    for case in cases() {
+        let magnitude = case.runs.iter().map(|(_, len)| len).sum::<usize>() as f32;
+        let expected = expected(&case);
+        for group in 1..=4 {
+            assert_close(&sums(&case, &mut Emulated::new(), group), &expected, 2e-7 * magnitude.sqrt());
+        }
+    }
+}
+
+/// The positions that a sum has for company, and its place among them, depend on the batch.
+#[test]
+fn a_position_has_the_same_bits_in_any_company() {
+    let (inner, outputs) = (88, 40);
+    let together = sums(&dense(77, inner, outputs, 30), &mut Emulated::new(), GROUP);
+    for (lines, line_stride) in [(vec![1; 77], 1), (vec![11; 7], 11), (vec![32, 32, 13], 32), (vec![38, 38, 1], 38)] {
+        let line_stride = line_stride * inner;
+        let apart = Case { lines, line_stride, ..dense(0, inner, outputs, 30) };
+        let apart = sums(&apart, &mut Emulated::new(), GROUP);
+        assert!(together.iter().zip(&apart).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn the_processor_computes_as_the_emulated_unit_does() {
+    if !Isa::available().contains(&Isa::Amx) {
+        return;
+    }
+    for case in cases() {
+        // SAFETY: just asked, and dropped at once.
+        let got = sums(&case, &mut unsafe { Hardware::new() }, GROUP);
+        let expected = sums(&case, &mut Emulated::new(), GROUP);
+        assert!(got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn whether_there_are_tiles_does_not_change() {
+    assert_eq!(is_available(), is_available());
+}
+
+/// A block, forced onto the emulated unit.
+struct ByTiles<'a>(Block<'a, bf16>);
+
+impl Kernel for ByTiles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        self.0.run_by(simd, &mut Emulated::new());
+    }
+}
+
+/// (positions, outputs) of a whole block with all that can follow the sums.
+fn block(case: &Case, then: Then, isa: Isa, by_tiles: bool) -> Vec<f32> {
+    let (left, weight, lines) = (left(case), weight(case), lines(case));
+    let positions: usize = case.lines.iter().sum();
+    let outputs = if then == Then::Gate { case.outputs / 2 } else { case.outputs };
+    let lines: Vec<Line> =
+        lines.iter().map(|line| Line { output: line.output / case.outputs * outputs, ..*line }).collect();
+    let bias = numbers(case.outputs, 3);
+    let residual: Vec<bf16> = numbers(positions * outputs, 4).into_iter().map(bf16::from_f32).collect();
+    let finish = Finish { outputs, bias: Some(&bias), per_row: None, residual: Some(&residual), then };
+    let mut output = vec![bf16::ZERO; positions * outputs];
+    let mut sums = vec![0.0; sums_len(positions)];
+    let block = Block {
+        left: &left,
+        lines: &lines,
+        left_stride: case.left_stride,
+        output_stride: outputs,
+        weight: &weight,
+        panels: 0..weight.outputs().div_ceil(PANEL),
+        pieces: &chunks::<bf16>(case.runs.iter().copied()),
+        finish: &finish,
+        output: &Shared::new(&mut output),
+        sums: &mut sums,
+    };
+    if by_tiles {
+        dispatch(isa, ByTiles(block))
+    } else {
+        dispatch(isa, block)
+    }
+    output.iter().map(|value| value.to_f32()).collect()
+}
+
+#[test]
+fn a_block_by_tiles_is_the_block_by_vectors() {
+    for (positions, inner, outputs, then) in [
+        (50, 40, 36, Then::Nothing),
+        (33, 2100, 64, Then::Silu),
+        (20, 100, 96, Then::Gate),
+        (5, 64, 48, Then::QuickGelu),
+    ] {
+        let case = dense(positions, inner, outputs, 0);
+        let expected = block(&case, then, Isa::Portable, false);
+        for isa in Isa::available() {
+            // Both round to `bf16` at the end, where a last bit may fall either way.
+            assert_close(&block(&case, then, isa, true), &expected, 1.0 / 128.0);
+        }
+    }
+}
