@@ -10,7 +10,7 @@ use super::simd::Simd;
 use super::{avx2::Avx2, avx512::Avx512, avx512::Avx512Bf16};
 
 /// What a softmax between two products needs.
-pub(super) trait Softmax: Simd {
+pub(in crate::ops) trait Softmax: Simd {
     /// To the nearest whole number; infinities and NaN stay.
     fn round(self, a: Self::F32) -> Self::F32;
     /// a · 2^n for any whole n, 0 or infinite where `f32` ends. A NaN `a` stays one.
@@ -22,7 +22,7 @@ pub(super) trait Softmax: Simd {
 }
 
 /// The formats that attention is computed in.
-pub(super) trait Probability: Element {
+pub(in crate::ops) trait Probability: Element {
     /// 2^x; a NaN or an infinite x gives NaN.
     fn power<S: Softmax, const V: usize>(simd: S, x: [S::F32; V]) -> [S::F32; V];
     /// Stores one line of `DEPTH` positions; with one, `second` is left out.

@@ -44,16 +44,16 @@ impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
         if then == Scores::Measure || then == Scores::Start && key == start {
             let mut largest = if then == Scores::Measure { self.sum } else { scores[0] };
             for scores in &scores {
-                for vector in 0..V {
-                    largest[vector] = simd.max(largest[vector], scores[vector]);
+                for (largest, score) in largest.iter_mut().zip(scores) {
+                    *largest = simd.max(*largest, *score);
                 }
             }
             if then == Scores::Measure {
                 self.sum = largest;
                 return;
             }
-            for vector in 0..V {
-                self.below[vector] = simd.mul(largest[vector], simd.splat(-head.scale));
+            for (below, largest) in self.below.iter_mut().zip(largest) {
+                *below = simd.mul(largest, simd.splat(-head.scale));
             }
         }
         // SAFETY: `new` saw to the room of a block.
@@ -86,19 +86,19 @@ impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
         let mut pair = [[simd.splat(0.0); V]; 2];
         for at in 0..E::DEPTH.min(M - line) {
             let mut exponents = scores[line + at];
-            for vector in 0..V {
-                exponents[vector] = simd.mul_add(exponents[vector], scale, self.below[vector]);
+            for (exponent, below) in exponents.iter_mut().zip(self.below) {
+                *exponent = simd.mul_add(*exponent, scale, below);
             }
             pair[at] = E::power(simd, exponents);
-            for vector in 0..V {
-                sum[vector] = simd.add(sum[vector], pair[at][vector]);
+            for (sum, probability) in sum.iter_mut().zip(pair[at]) {
+                *sum = simd.add(*sum, probability);
             }
         }
-        for vector in 0..V {
+        for (vector, (first, second)) in pair[0].into_iter().zip(pair[1]).enumerate() {
             // SAFETY: the caller's promise.
             unsafe {
                 let to = to.add(line * Self::LANES + vector * S::LANES * E::DEPTH);
-                E::store_line(simd, to, pair[0][vector], pair[1][vector]);
+                E::store_line(simd, to, first, second);
             }
         }
     }
