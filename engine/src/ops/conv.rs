@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::buffer::{Buffer, Format};
 use super::kernel::element::Element;
+use super::kernel::isa::Isa;
 use super::kernel::panels::Panels;
 use super::kernel::product::{Finish, Then};
 use super::parameter::Parameter;
@@ -78,9 +79,10 @@ impl Conv2d {
                 bias: bias.map(|bias| bias.on_device(place)).transpose()?,
             },
             Some(format) => {
-                let packed = match winograd_format(format, kernel, shape, inputs * outputs) {
-                    Some(factors) => Packed::Winograd(Winograd::new(weight, outputs, inputs, factors)?),
-                    None => Packed::Windows(pack(format, weight, outputs, inputs, kernel_height * kernel_width)?),
+                let packed = if takes_winograd(format, kernel, shape, inputs * outputs) {
+                    Packed::Winograd(Winograd::new(weight, outputs, inputs, format)?)
+                } else {
+                    Packed::Windows(pack(format, weight, outputs, inputs, kernel_height * kernel_width)?)
                 };
                 Weight::Host { packed, bias: bias.map(|bias| bias.values()) }
             }
@@ -132,8 +134,8 @@ impl Conv2d {
                 };
                 let call = HostCall { x, bias: bias.as_deref(), added, outputs: self.outputs };
                 let output = match host.buffer.format() {
-                    Format::F32 => call.run::<f32>(packed, windows),
-                    Format::Bf16 => call.run::<bf16>(packed, windows),
+                    Format::F32 => call.run::<f32, 6>(packed, windows),
+                    Format::Bf16 => call.run::<bf16, 4>(packed, windows),
                 }?;
                 Ok(Tensor::on_host(output, &dims))
             }
@@ -174,16 +176,18 @@ impl Added<'_> {
     }
 }
 
-/// The format of the factors if minimal filtering pays: where the weight is small beside the maps it
-/// meets, as all are that see large maps.
-fn winograd_format(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> Option<Format> {
-    let fits = kernel == (3, 3) && shape == ConvShape::same(3);
-    // Few channels leave more to transform than to multiply.
-    let most = match format {
-        Format::F32 => 1 << 19,
+/// Whether minimal filtering pays: where multiplications are dear (tiles make them all but free) and the
+/// weight, which grows by it to 16/9 in `bf16` and 4 times in `f32`, stays small beside the maps that it
+/// meets.
+fn takes_winograd(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
+    /// With fewer weights there is more to transform than to multiply.
+    const FEW: usize = 1 << 12;
+    let many = match format {
+        Format::F32 => 300 << 10,
+        Format::Bf16 if Isa::best() == Isa::Amx => 0,
         Format::Bf16 => 1 << 22,
     };
-    (fits && (1 << 12..=most).contains(&weights)).then_some(format)
+    kernel == (3, 3) && shape == ConvShape::same(3) && (FEW..=many).contains(&weights)
 }
 
 /// One use of a convolution on the host.
@@ -195,8 +199,8 @@ pub(super) struct HostCall<'a> {
 }
 
 impl HostCall<'_> {
-    /// The whole output, position after position.
-    fn run<E: Element>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
+    /// The whole output, position after position; `SIDE` is that of a patch of [`Winograd`] in this format.
+    fn run<E: Element, const SIDE: usize>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
         let (rows, outputs, (down, across)) = (self.x.dims()[0], self.outputs, windows.outputs);
         let mut output = Buffer::new(E::FORMAT, rows * down * across * outputs)?;
         match packed {
@@ -206,7 +210,7 @@ impl HostCall<'_> {
                 self.run_windows::<E>(panels, windows, placing, &mut output)?;
             }
             Packed::Winograd(winograd) => self.finish::<E>(|host, map, finish| {
-                winograd.run(host, rows, map, finish, &Shared::new(output.values_mut()))
+                winograd.run::<E, SIDE>(host, rows, map, finish, &Shared::new(output.values_mut()))
             })?,
         }
         Ok(output)

@@ -11,9 +11,7 @@ use super::kernel::isa::{Isa, Kernel, dispatch};
 use super::kernel::panels::{PANEL, Panels};
 use super::kernel::product::Finish;
 use super::kernel::simd::Simd;
-use super::kernel::winograd::{
-    GROUP, Tiles, Window, multiply, transform_outputs, transform_patches, weight_transform,
-};
+use super::kernel::winograd::{GROUP, Tiles, Window, multiply, transform_outputs, transform_patches, weight_transform};
 use super::parameter::Parameter;
 use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
 use super::tensor::Host;
@@ -47,9 +45,8 @@ impl Winograd {
             for (input, taps) in values.as_chunks::<9>().0.iter().enumerate() {
                 for (y, down) in transform.iter().enumerate() {
                     for (x, across) in transform.iter().enumerate() {
-                        let line = |line: usize| {
-                            (0..3).map(|tap| across[tap] * f64::from(taps[3 * line + tap])).sum::<f64>()
-                        };
+                        let line =
+                            |line: usize| (0..3).map(|tap| across[tap] * f64::from(taps[3 * line + tap])).sum::<f64>();
                         let value: f64 = (0..3).map(|tap| down[tap] * line(tap)).sum();
                         columns[(y * side + x) * inner + input] = value as f32;
                     }
@@ -59,8 +56,8 @@ impl Winograd {
         Ok(Self { weights, side })
     }
 
-    /// One convolution of all rows.
-    pub fn run<E: Element>(
+    /// One convolution of all rows; `N` is the patch's side that [`Winograd::new`] chose for `E`.
+    pub fn run<E: Element, const N: usize>(
         &self,
         host: &Host,
         rows: usize,
@@ -68,20 +65,7 @@ impl Winograd {
         finish: &Finish<'_, E>,
         output: &Shared<'_, E>,
     ) -> Result<()> {
-        match (self.weights[0].format(), self.side) {
-            (Format::Bf16, _) => self.run_as::<E, bf16, 4>(host, rows, map, finish, output),
-            (Format::F32, _) => self.run_as::<E, f32, 6>(host, rows, map, finish, output),
-        }
-    }
-
-    fn run_as<E: Element, O: Element, const N: usize>(
-        &self,
-        host: &Host,
-        rows: usize,
-        map: Map,
-        finish: &Finish<'_, E>,
-        output: &Shared<'_, E>,
-    ) -> Result<()> {
+        assert_eq!(N, self.side, "side of a patch");
         /// Bytes of a block's transformed patches, which outlive a second-level cache but not a third.
         const PATCHES: usize = 2 << 20;
         /// Tiles of a block.
@@ -91,7 +75,7 @@ impl Winograd {
         let inner = self.weights[0].inner();
         let work = rows * all.count() * N * N * inner * self.weights[0].outputs();
         let wanted = wanted_tasks(work);
-        let fitting = (PATCHES / (N * N * inner * size_of::<O>())).clamp(8, TILES);
+        let fitting = (PATCHES / (N * N * inner * size_of::<E>())).clamp(8, TILES);
         let shared = (rows * all.count()).div_ceil(wanted).max(16);
         let across = all.across.div_ceil(all.across.div_ceil(16));
         let down = (fitting.min(shared) / across).clamp(1, all.down);
@@ -111,12 +95,12 @@ impl Winograd {
                 width: map.width,
                 outputs: self.weights[0].outputs(),
             };
-            self.block::<E, O, N>(host, map, tiles, window, slice, finish, output)
+            self.block::<E, N>(host, map, tiles, window, slice, finish, output)
         })
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn block<E: Element, O: Element, const N: usize>(
+    fn block<E: Element, const N: usize>(
         &self,
         host: &Host,
         map: Map,
@@ -128,23 +112,17 @@ impl Winograd {
     ) -> Result<()> {
         let inner = self.weights[0].inner();
         let width = tiles.across * (N - 2) + 2;
-        let area = Area {
-            row: window.row,
-            top: window.top as isize - 1,
-            left: window.left as isize - 1,
-            width,
-            pixel: inner,
-        };
+        let area =
+            Area { row: window.row, top: window.top as isize - 1, left: window.left as isize - 1, width, pixel: inner };
         let area_len = (tiles.down * (N - 2) + 2) * width * inner;
-        with_scratch(area_len, |values: &mut [O]| {
+        with_scratch(area_len, |values: &mut [E]| {
             let pending = host.pending.as_deref();
             let from = host.buffer.values::<E>();
             dispatch(Isa::best(), Copy { map, area, from, pending, to: &mut *values });
-            with_scratch(N * N * tiles.count() * inner, |patches: &mut [O]| {
+            with_scratch(N * N * tiles.count() * inner, |patches: &mut [E]| {
                 with_scratch(N * N * tiles.count() * GROUP * PANEL, |sums| {
                     let (weights, area) = (self.weights.as_slice(), &*values);
-                    let block =
-                        Block::<_, _, N> { area, patches, sums, weights, tiles, window, panels, finish, output };
+                    let block = Block::<_, N> { area, patches, sums, weights, tiles, window, panels, finish, output };
                     dispatch(Isa::best(), block);
                 })
             })?
@@ -153,9 +131,9 @@ impl Winograd {
 }
 
 /// A block of tiles times panels, on one thread.
-struct Block<'a, E, O, const N: usize> {
-    area: &'a [O],
-    patches: &'a mut [O],
+struct Block<'a, E, const N: usize> {
+    area: &'a [E],
+    patches: &'a mut [E],
     sums: &'a mut [f32],
     weights: &'a [Panels],
     tiles: Tiles,
@@ -165,13 +143,13 @@ struct Block<'a, E, O, const N: usize> {
     output: &'a Shared<'a, E>,
 }
 
-impl<E: Element, O: Element, const N: usize> Kernel for Block<'_, E, O, N> {
+impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Self { area, patches, sums, weights, tiles, window, panels, finish, output } = self;
-        transform_patches::<S, O, N>(simd, area, weights[0].inner(), tiles, patches);
+        transform_patches::<S, E, N>(simd, area, weights[0].inner(), tiles, patches);
         let mut start = panels.start;
         while start < panels.end {
             let group = (start, GROUP.min(panels.end - start));

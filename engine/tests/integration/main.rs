@@ -5,4 +5,5 @@ mod support;
 mod load_errors;
 mod mixed_batch;
 mod pictures;
+mod precision;
 mod requests;

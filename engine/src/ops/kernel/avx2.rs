@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::isa::Kernel;
 use super::simd::Simd;
 
 /// Proof of AVX2 and FMA.
@@ -26,6 +27,15 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE: (usize, usize) = (4, 3);
 
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma")]
+        fn call<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        unsafe { call(self, kernel) }
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> __m256 {
         unsafe { _mm256_set1_ps(value) }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::isa::Kernel;
 use super::simd::Simd;
 
 /// Proof of AVX-512 (F and BW).
@@ -145,6 +146,16 @@ impl Simd for Avx512 {
     plain_operations!();
 
     #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
+        #[target_feature(enable = "avx512f,avx512bw")]
+        fn call<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        unsafe { call(self, kernel) }
+    }
+
+    #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, value: __m512) {
         unsafe {
             let bits = _mm512_castps_si512(value);
@@ -181,6 +192,16 @@ impl Simd for Avx512 {
 impl Simd for Avx512Bf16 {
     type Pairs = __m512bh;
     plain_operations!();
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        fn call<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        unsafe { call(self, kernel) }
+    }
 
     #[inline(always)]
     fn has_tiles(self) -> bool {

@@ -8,6 +8,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::element::Element;
+use super::isa::{Isa, Kernel, dispatch};
+use super::simd::Simd;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
 use crate::ops::misuse;
@@ -65,22 +67,19 @@ impl Panels {
             (0..parts).map(|_| Buffer::new(E::FORMAT, panels * inner * PANEL)).collect::<Result<Vec<_>>>()?;
         let shared: Vec<_> = buffers.iter_mut().map(|buffer| Shared::new(buffer.values_mut::<E>())).collect();
         (0..panels).into_par_iter().for_each_init(
-            || vec![0f32; parts * inner],
-            |columns, panel| {
-                for lane in 0..PANEL {
+            || (vec![0f32; parts * inner], vec![E::default(); PANEL * parts * inner]),
+            |(columns, lanes), panel| {
+                for (lane, values) in lanes.chunks_exact_mut(parts * inner).enumerate() {
                     columns.fill(0.0);
                     if panel * PANEL + lane < outputs {
                         fill(panel * PANEL + lane, columns);
                     }
-                    for (column, shared) in columns.chunks_exact(inner).zip(&shared) {
-                        // SAFETY: each task writes its own panel.
-                        let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
-                        for (step, values) in column.chunks_exact(E::DEPTH).enumerate() {
-                            for (index, value) in values.iter().enumerate() {
-                                target[(step * PANEL + lane) * E::DEPTH + index] = E::from_f32(*value);
-                            }
-                        }
-                    }
+                    dispatch(Isa::best(), Narrow { from: columns, to: values });
+                }
+                for (part, shared) in shared.iter().enumerate() {
+                    // SAFETY: each task writes its own panel.
+                    let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
+                    interleave(&lanes[part * inner..], parts * inner, target);
                 }
             },
         );
@@ -102,6 +101,39 @@ impl Panels {
     /// The packed values: (panels, inner / DEPTH, [`PANEL`], DEPTH).
     pub fn values<E: Element>(&self) -> &[E] {
         self.values.values()
+    }
+}
+
+/// Changes the format of a column.
+struct Narrow<'a, E> {
+    from: &'a [f32],
+    to: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Narrow<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (from, to) in self.from.chunks(S::LANES).zip(self.to.chunks_mut(S::LANES)) {
+            // SAFETY: both have as many values, at most a vector's.
+            unsafe {
+                if from.len() == S::LANES {
+                    E::store(simd, to.as_mut_ptr(), simd.load(from.as_ptr()));
+                } else {
+                    E::store_some(simd, to.as_mut_ptr(), simd.load_some(from.as_ptr(), from.len()), from.len());
+                }
+            }
+        }
+    }
+}
+
+/// Lays [`PANEL`] columns, `stride` apart, side by side: `DEPTH` values of each in turn.
+fn interleave<E: Element>(columns: &[E], stride: usize, to: &mut [E]) {
+    for (step, line) in to.chunks_exact_mut(PANEL * E::DEPTH).enumerate() {
+        for (lane, values) in line.chunks_exact_mut(E::DEPTH).enumerate() {
+            values.copy_from_slice(&columns[lane * stride + step * E::DEPTH..][..E::DEPTH]);
+        }
     }
 }
 

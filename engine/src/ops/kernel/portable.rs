@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::isa::Kernel;
 use super::simd::Simd;
 
 const LANES: usize = 8;
@@ -21,6 +22,10 @@ impl Simd for Portable {
     const LANES: usize = LANES;
     const TILE: (usize, usize) = (4, 2);
 
+    #[inline(never)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F32 {
         [value; LANES]

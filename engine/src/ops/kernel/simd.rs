@@ -2,6 +2,8 @@
 
 use half::bf16;
 
+use super::isa::Kernel;
+
 /// One instruction set's vectors. A value of the type proves that the processor has them.
 ///
 /// Every method is inlined into a function that may use the instructions; see
@@ -22,6 +24,9 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     fn has_tiles(self) -> bool {
         false
     }
+
+    /// Runs `kernel` in a function of its own, of which the program has one copy however often it is called.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
     fn splat(self, value: f32) -> Self::F32;
     /// # Safety

@@ -3,6 +3,7 @@
 //! the tile, so how work is cut never shows in the result.
 
 use super::element::Element;
+use super::isa::Kernel;
 use super::panels::PANEL;
 use super::simd::Simd;
 
@@ -47,7 +48,14 @@ impl<E: Element> Strip<'_, E> {
     /// # Safety
     /// All that the strip points to must be there, and the sums be nobody else's.
     #[inline(always)]
-    pub unsafe fn run<S: Simd>(&self, simd: S) {
+    pub unsafe fn run<S: Simd>(self, simd: S) {
+        simd.call(Promised(self));
+    }
+
+    /// # Safety
+    /// As [`Strip::run`].
+    #[inline(always)]
+    unsafe fn vectors<S: Simd>(&self, simd: S) {
         debug_assert!(self.vectors <= S::TILE.1);
         // SAFETY: the caller's promise.
         unsafe {
@@ -127,5 +135,18 @@ impl<E: Element> Strip<'_, E> {
                 }
             }
         }
+    }
+}
+
+/// A strip whose maker has promised what [`Strip::run`] asks for.
+struct Promised<'a, E>(Strip<'a, E>);
+
+impl<E: Element> Kernel for Promised<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // SAFETY: its maker's promise.
+        unsafe { self.0.vectors(simd) }
     }
 }

@@ -122,7 +122,11 @@ pub(in crate::ops) fn transform_patches<S: Simd, O: Element, const N: usize>(
                     // SAFETY: within (N · N, tiles, channels).
                     unsafe {
                         let to = to.as_mut_ptr().add(at);
-                        if count == S::LANES { O::store(simd, to, value) } else { O::store_some(simd, to, value, count) }
+                        if count == S::LANES {
+                            O::store(simd, to, value)
+                        } else {
+                            O::store_some(simd, to, value, count)
+                        }
                     }
                 }
             }

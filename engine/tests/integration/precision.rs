@@ -1,0 +1,59 @@
+//! What the number format may change, on trained weights.
+
+use std::sync::Arc;
+
+use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, RunningBatch, render};
+use image::RgbImage;
+
+use crate::support::{checkpoint, folder, request};
+
+fn loaded(precision: Precision) -> Arc<Checkpoint> {
+    let device = Device::open(DeviceChoice::Cpu).unwrap();
+    Arc::new(Checkpoint::load(&folder("demo"), &device, precision).unwrap())
+}
+
+/// Peak signal-to-noise ratio in dB.
+fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
+    assert_eq!(a.dimensions(), b.dimensions());
+    let squares: f64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+    let mean = squares / a.as_raw().len() as f64;
+    if mean == 0.0 { f64::INFINITY } else { 10.0 * (255.0 * 255.0 / mean).log10() }
+}
+
+#[test]
+fn half_precision_keeps_the_picture_of_full_precision() {
+    let full = checkpoint("demo");
+    let prompts = ["a red circle on a blue background", "a small green star", "a large yellow square on black"];
+    for (precision, least) in [(Precision::F16, 60.0), (Precision::Bf16, 45.0)] {
+        let half = loaded(precision);
+        for (seed, prompt) in prompts.iter().enumerate() {
+            let request = RowRequest { steps: 8, seed: seed as u64, ..request(prompt) };
+            let (expected, got) =
+                (render(&full, &request, |_, _| {}).unwrap(), render(&half, &request, |_, _| {}).unwrap());
+            let ratio = psnr(&got, &expected);
+            println!("{precision}, {prompt:?}: {ratio:.1} dB");
+            assert!(ratio >= least, "{precision}, {prompt:?}: {ratio:.1} dB, less than {least}");
+        }
+    }
+}
+
+#[test]
+fn a_row_of_a_mixed_batch_equals_the_row_alone_in_half_precision() {
+    let model = loaded(Precision::Bf16);
+    let sized = |prompt, seed, steps| RowRequest { width: 72, height: 64, seed, steps, ..request(prompt) };
+    let requests = [sized("a red circle", 1, 3), sized("a blue star", 2, 2), sized("", 3, 3)];
+    let mut batch = RunningBatch::new(Arc::clone(&model), 72, 64);
+    for (id, request) in requests.iter().enumerate() {
+        batch.join(id as u64, request).unwrap();
+    }
+    let mut finished = 0;
+    while !batch.is_empty() {
+        for step in batch.step(&batch.rows()).unwrap() {
+            let Some(latent) = step.latent else { continue };
+            let (request, picture) = (&requests[step.id as usize], model.decode(&[latent]).unwrap().remove(0));
+            assert_eq!(picture, render(&model, request, |_, _| {}).unwrap(), "{:?}", request.prompt);
+            finished += 1;
+        }
+    }
+    assert_eq!(finished, requests.len());
+}
