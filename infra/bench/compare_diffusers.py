@@ -216,16 +216,21 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(),
         "threads": args.threads, "rounds": args.rounds, "comparisons": [], "pictures": [],
     }
+    # After each part: what took long should not be lost with what follows.
+    def save() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(report) + "\n")
+
     for part in args.part:
         for precision in args.precision:
             print(f"{part} {precision}", file=sys.stderr)
             report["comparisons"].append(compare(args, precision, part))
+            save()
     if not args.no_pictures:
         print("pictures", file=sys.stderr)
         report["pictures"] = compare_pictures(args)
+        save()
     show(report)
-    if args.json:
-        args.json.write_text(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

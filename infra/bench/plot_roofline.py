@@ -77,7 +77,9 @@ def draw(axes, listing, report: dict) -> None:
         )
         placed.append((point["intensity"], point["rate"], number, colour))
         lines.append((f"{number:>2}", f"{point['name']}", f"{point['rate']:.0f}", f"{100 * point['rate'] / roof:.0f} %", colour))
-    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min([point["rate"] for point in shown] + [top / 8]) / 1.5, top * 1.35))
+    rates = [point["rate"] for point in shown]
+    lowest, highest = min([*rates, top / 8]) / 1.5, max([*rates, top]) * 1.35
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest, highest))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))

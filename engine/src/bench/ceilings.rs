@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use super::peaks::{self, Kernel};
 use crate::Precision;
 
-/// Long enough for the clock to settle and the timer's grain not to matter.
-const WINDOW: Duration = Duration::from_millis(200);
-/// The best of so many windows: what disturbs a measurement only ever makes it slower.
-const WINDOWS: usize = 5;
+/// Long enough for the timer's grain not to matter, short enough to fall between what disturbs it.
+const WINDOW: Duration = Duration::from_millis(40);
+/// The best of so many windows: what disturbs a measurement only ever makes it slower. Together they are long enough
+/// for the clock to settle.
+const WINDOWS: usize = 25;
 
 /// A rate on one thread and on all of them at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
