@@ -132,6 +132,13 @@ fn damage_shows_in_its_whole_group_wherever_it_lies() {
 }
 
 #[test]
+fn squares_beyond_f32_show_instead_of_passing_for_an_endless_variance() {
+    let values: Vec<f32> = (0..9 * 11 * 6).map(|index| if index / 6 % 2 == 0 { 1e25 } else { -1e25 }).collect();
+    let x = Tensor::new(&values, &[1, 9, 11, 6], &Place::host()).unwrap();
+    assert!(reference::values(&group_norm(6, 2).forward(&x).unwrap()).iter().all(|value| value.is_nan()));
+}
+
+#[test]
 fn the_path_for_other_devices_agrees() {
     let (norm, x) = (group_norm(12, 3), reference::tensor([2, 5, 4, 12], 1));
     let there = reference::elsewhere(&x);
