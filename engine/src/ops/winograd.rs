@@ -38,20 +38,10 @@ impl Winograd {
             Format::F32 => inputs.next_multiple_of(f32::DEPTH),
             Format::Bf16 => inputs.next_multiple_of(bf16::DEPTH),
         };
-        let transform = weight_transform(side);
         let weights = Panels::pack_parts(format, side * side, outputs, inner, |output, columns| {
             let mut values = vec![0.0; inputs * 9];
             weight.read(output * inputs * 9, &mut values);
-            for (input, taps) in values.as_chunks::<9>().0.iter().enumerate() {
-                for (y, down) in transform.iter().enumerate() {
-                    for (x, across) in transform.iter().enumerate() {
-                        let line =
-                            |line: usize| (0..3).map(|tap| across[tap] * f64::from(taps[3 * line + tap])).sum::<f64>();
-                        let value: f64 = (0..3).map(|tap| down[tap] * line(tap)).sum();
-                        columns[(y * side + x) * inner + input] = value as f32;
-                    }
-                }
-            }
+            transform_weight(&values, side, inner, columns);
         })?;
         Ok(Self { weights, side })
     }
@@ -127,6 +117,38 @@ impl Winograd {
                 })
             })?
         })?
+    }
+}
+
+/// One output's weight (inputs, 3 · 3) → G w Gᵀ as (side · side, inner), whose inputs may be fewer.
+fn transform_weight(values: &[f32], side: usize, inner: usize, to: &mut [f32]) {
+    let transform = weight_transform(side);
+    let inputs = values.len() / 9;
+    // Inputs side by side, so that each sum runs over whole vectors.
+    let mut taps = vec![0f32; 9 * inputs];
+    for (input, values) in values.as_chunks::<9>().0.iter().enumerate() {
+        for (tap, value) in values.iter().enumerate() {
+            taps[tap * inputs + input] = *value;
+        }
+    }
+    let mut lines = vec![0f32; 3 * inputs];
+    for (y, down) in transform.iter().enumerate() {
+        for (column, line) in lines.chunks_exact_mut(inputs).enumerate() {
+            let tap = |row: usize| &taps[(3 * row + column) * inputs..][..inputs];
+            combine(*down, [tap(0), tap(1), tap(2)], line);
+        }
+        for (x, across) in transform.iter().enumerate() {
+            let line = |column: usize| &lines[column * inputs..][..inputs];
+            combine(*across, [line(0), line(1), line(2)], &mut to[(y * side + x) * inner..][..inputs]);
+        }
+    }
+}
+
+/// The sum of three vectors times their factors.
+fn combine(factors: [f64; 3], [a, b, c]: [&[f32]; 3], to: &mut [f32]) {
+    let [first, second, third] = factors.map(|factor| factor as f32);
+    for (((to, a), b), c) in to.iter_mut().zip(a).zip(b).zip(c) {
+        *to = first * a + second * b + third * c;
     }
 }
 

@@ -48,9 +48,15 @@ pub(super) struct Queries<'a, E> {
     pub first: usize,
 }
 
-/// Queries of the next group where `left` are left: as many as the widest tiles take, or in the end a vector.
+/// Vectors of queries in a group. Where there are few registers two: a third would leave none for what tiles of
+/// products are multiplied from.
+const fn vectors<S: Simd>() -> usize {
+    if S::TILE.0 == 8 { 3 } else { 2 }
+}
+
+/// Queries of the next group where `left` are left: as many as there is room for, or in the end a vector.
 pub(super) fn group_queries<S: Simd>(left: usize) -> usize {
-    left.min(if left > (S::TILE.1 - 1) * S::LANES { S::TILE.1 * S::LANES } else { S::LANES })
+    left.min(if left > (vectors::<S>() - 1) * S::LANES { vectors::<S>() * S::LANES } else { S::LANES })
 }
 
 /// Values of scratch that a group of `queries` needs: in the head's format, and in `f32`.
@@ -70,7 +76,7 @@ pub(super) unsafe fn attend<S: Softmax, E: Probability>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (queries.lines.count.div_ceil(S::LANES), S::TILE.1) {
+        match (queries.lines.count.div_ceil(S::LANES), vectors::<S>()) {
             (1, _) => Group::<S, E, 1>::new(simd, head, queries, narrow, wide).run(),
             (_, 2) => Group::<S, E, 2>::new(simd, head, queries, narrow, wide).run(),
             _ => Group::<S, E, 3>::new(simd, head, queries, narrow, wide).run(),

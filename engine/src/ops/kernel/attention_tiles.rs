@@ -14,6 +14,11 @@ impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
                 self.score_tile::<8>(key, start, then);
                 key += 8;
             }
+        } else {
+            while key + 6 <= end {
+                self.score_tile::<6>(key, start, then);
+                key += 6;
+            }
         }
         while key + 4 <= end {
             self.score_tile::<4>(key, start, then);
@@ -130,6 +135,11 @@ impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
             while line + 8 <= width {
                 self.output_tile::<8>(line, start, end);
                 line += 8;
+            }
+        } else {
+            while line + 6 <= width {
+                self.output_tile::<6>(line, start, end);
+                line += 6;
             }
         }
         while line + 4 <= width {

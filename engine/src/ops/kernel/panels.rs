@@ -13,7 +13,7 @@ use super::simd::Simd;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
 use crate::ops::misuse;
-use crate::ops::shared::Shared;
+use crate::ops::shared::{Shared, with_scratch};
 
 /// Outputs of a panel: the lanes of the widest vector, and the columns of a tile.
 pub(in crate::ops) const PANEL: usize = 16;
@@ -66,23 +66,24 @@ impl Panels {
         let mut buffers =
             (0..parts).map(|_| Buffer::new(E::FORMAT, panels * inner * PANEL)).collect::<Result<Vec<_>>>()?;
         let shared: Vec<_> = buffers.iter_mut().map(|buffer| Shared::new(buffer.values_mut::<E>())).collect();
-        (0..panels).into_par_iter().for_each_init(
-            || (vec![0f32; parts * inner], vec![E::default(); PANEL * parts * inner]),
-            |(columns, lanes), panel| {
-                for (lane, values) in lanes.chunks_exact_mut(parts * inner).enumerate() {
-                    columns.fill(0.0);
-                    if panel * PANEL + lane < outputs {
-                        fill(panel * PANEL + lane, columns);
+        (0..panels).into_par_iter().try_for_each(|panel| {
+            with_scratch(parts * inner, |columns: &mut [f32]| {
+                with_scratch(PANEL * parts * inner, |lanes: &mut [E]| {
+                    for (lane, values) in lanes.chunks_exact_mut(parts * inner).enumerate() {
+                        columns.fill(0.0);
+                        if panel * PANEL + lane < outputs {
+                            fill(panel * PANEL + lane, columns);
+                        }
+                        dispatch(Isa::best(), Narrow { from: columns, to: values });
                     }
-                    dispatch(Isa::best(), Narrow { from: columns, to: values });
-                }
-                for (part, shared) in shared.iter().enumerate() {
-                    // SAFETY: each task writes its own panel.
-                    let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
-                    interleave(&lanes[part * inner..], parts * inner, target);
-                }
-            },
-        );
+                    for (part, shared) in shared.iter().enumerate() {
+                        // SAFETY: each task writes its own panel.
+                        let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
+                        interleave(&lanes[part * inner..], parts * inner, target);
+                    }
+                })
+            })?
+        })?;
         Ok(buffers.into_iter().map(|values| Self { values, inner, outputs }).collect())
     }
 
