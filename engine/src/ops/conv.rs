@@ -133,7 +133,13 @@ impl Conv2d {
                     outputs: (down, across),
                 };
                 let call = HostCall { x, bias: bias.as_deref(), added, outputs: self.outputs };
-                let output = match host.buffer.format() {
+                let format = host.buffer.format();
+                if format != packed.format() || added.format().is_some_and(|added| added != format) {
+                    return Err(misuse(
+                        "a convolution, its input and what is added are of different formats".to_owned(),
+                    ));
+                }
+                let output = match format {
                     Format::F32 => call.run::<f32, 6>(packed, windows),
                     Format::Bf16 => call.run::<bf16, 4>(packed, windows),
                 }?;
@@ -164,7 +170,24 @@ fn pack(format: Format, weight: &Parameter<'_>, outputs: usize, inputs: usize, t
     })
 }
 
+impl Packed {
+    fn format(&self) -> Format {
+        match self {
+            Self::Windows(panels) => panels.format(),
+            Self::Winograd(winograd) => winograd.format(),
+        }
+    }
+}
+
 impl Added<'_> {
+    /// The format of what is added; `None` for nothing or on another device.
+    fn format(self) -> Option<Format> {
+        match self {
+            Self::Nothing => None,
+            Self::PerRow(values) | Self::Residual(values) => values.format(),
+        }
+    }
+
     /// What is added must fit the result's dimensions.
     pub fn check(self, dims: &[usize; 4]) -> Result<()> {
         let (got, fits) = match self {
@@ -270,7 +293,8 @@ fn on_device(
             y.broadcast_add(&values.unsqueeze(1)?.unsqueeze(1)?)?
         }
         Added::Residual(Tensor { values: Values::Device(values), .. }) => (y + values)?,
-        _ => y,
+        Added::Nothing => y,
+        _ => return Err(misuse("a convolution and what is added are on different devices".to_owned())),
     })
 }
 

@@ -110,12 +110,18 @@ impl Linear {
                 };
                 Ok(Tensor::on_device((y + residual)?))
             }
-            (Weight::Host { panels, bias }, Values::Host(_)) => {
+            (Weight::Host { panels, bias }, Values::Host(host)) => {
                 let (rows, positions) =
                     before.split_first().map_or((1, 1), |(rows, positions)| (*rows, positions.iter().product()));
                 let call = Call { panels, bias: bias.as_deref(), then: self.then(), rows, positions, outputs };
                 let residual = residual.map(Tensor::resolved).transpose()?;
                 let residual = residual.as_ref().map(Tensor::host).transpose()?;
+                let other = |buffer: &Buffer| buffer.format() != panels.format();
+                if other(&host.buffer) || residual.is_some_and(other) {
+                    return Err(misuse(
+                        "a linear layer, its input and what is added are of different formats".to_owned(),
+                    ));
+                }
                 let output = match panels.format() {
                     Format::F32 => call.run::<f32>(x, residual),
                     Format::Bf16 => call.run::<bf16>(x, residual),

@@ -5,7 +5,6 @@ use std::borrow::Cow;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::buffer::Buffer;
 use super::tensor::{Place, Tensor};
 use crate::Result;
 
@@ -96,11 +95,6 @@ impl<'a> Parameter<'a> {
     pub(super) fn on_device(&self, place: &Place) -> Result<candle_core::Tensor> {
         let tensor = candle_core::Tensor::from_vec(self.values(), self.dims.as_slice(), &candle_core::Device::Cpu)?;
         Ok(tensor.to_dtype(place.dtype())?.to_device(place.device())?)
-    }
-
-    /// It in host memory in `place`'s format.
-    pub(super) fn buffer(&self, format: super::buffer::Format) -> Result<Buffer> {
-        Buffer::from_f32(&self.values(), format)
     }
 }
 

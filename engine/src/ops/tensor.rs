@@ -185,12 +185,24 @@ impl Tensor {
         }
         let tensors = tensors.iter().map(|tensor| tensor.resolved()).collect::<Result<Vec<_>>>()?;
         let buffers = tensors.iter().map(|tensor| tensor.host()).collect::<Result<Vec<_>>>()?;
-        let mut joined = Buffer::new(buffers[0].format(), dims.iter().product())?;
+        let format = buffers[0].format();
+        if buffers.iter().any(|buffer| buffer.format() != format) {
+            return Err(misuse("tensors of different formats cannot be joined".to_owned()));
+        }
+        let mut joined = Buffer::new(format, dims.iter().product())?;
         match joined.format() {
             Format::F32 => join::<f32>(&mut joined, &buffers),
             Format::Bf16 => join::<bf16>(&mut joined, &buffers),
         }
         Ok(Self::on_host(joined, &dims))
+    }
+
+    /// The format of its values on the host; `None` on another device.
+    pub(super) fn format(&self) -> Option<Format> {
+        match &self.values {
+            Values::Host(host) => Some(host.buffer.format()),
+            Values::Device(_) => None,
+        }
     }
 
     /// Its host values, without anything pending.

@@ -31,7 +31,7 @@ enum Weight {
         /// Phase (line, column) at 2 · line + column.
         phases: [Panels; 4],
         bias: Vec<f32>,
-        plain: Plain,
+        plain: Box<Plain>,
     },
     Device(Conv2d),
 }
@@ -57,12 +57,12 @@ impl UpsampleConv {
                 Weight::Host {
                     phases: [phase(0, 0)?, phase(0, 1)?, phase(1, 0)?, phase(1, 1)?],
                     bias: bias.values(),
-                    plain: Plain {
+                    plain: Box::new(Plain {
                         weight: weight.to_owned(),
                         bias: bias.to_owned(),
                         place: place.clone(),
                         packed: OnceLock::new(),
-                    },
+                    }),
                 }
             }
         };

@@ -46,6 +46,10 @@ impl Winograd {
         Ok(Self { weights, side })
     }
 
+    pub fn format(&self) -> Format {
+        self.weights[0].format()
+    }
+
     /// One convolution of all rows; `N` is the patch's side that [`Winograd::new`] chose for `E`.
     pub fn run<E: Element, const N: usize>(
         &self,

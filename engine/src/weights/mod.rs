@@ -230,7 +230,7 @@ impl Scope<'_> {
 mod tests {
     use candle_core::{DType, Device, Tensor};
 
-    use super::{HashMap, Path, Place, Weights};
+    use super::{HashMap, Place, Weights};
 
     fn part(tensors: &[(&str, Tensor)]) -> (tempfile::TempDir, Weights) {
         let folder = tempfile::tempdir().unwrap();

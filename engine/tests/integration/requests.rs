@@ -1,10 +1,8 @@
 //! Bad requests get an error that names field, limit and value.
 
-use std::sync::Arc;
+use engine::{Error, RowRequest, RunningBatch, render};
 
-use engine::{Checkpoint, Device, DeviceChoice, Error, Precision, RowRequest, RunningBatch, render};
-
-use crate::support::{checkpoint, folder, request};
+use crate::support::{checkpoint, request};
 
 fn refusal(request: &RowRequest) -> String {
     let mut batch = RunningBatch::new(checkpoint("sd1"), 64, 64);

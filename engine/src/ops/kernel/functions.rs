@@ -29,31 +29,6 @@ fn round<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     simd.sub(simd.add(x, rounder), rounder)
 }
 
-/// 2^x. The whole part goes into the exponent, the rest (at most half) through a polynomial whose
-/// relative error is below 2e-7 (Taylor's series about 0).
-#[inline(always)]
-pub(in crate::ops) fn exp2<S: Simd>(simd: S, x: S::F32) -> S::F32 {
-    // ln 2 to the n over n!
-    const TERMS: [f32; 7] = [
-        1.525_273_4e-5,
-        1.540_353e-4,
-        1.333_355_8e-3,
-        9.618_129e-3,
-        5.550_411e-2,
-        2.402_265_1e-1,
-        std::f32::consts::LN_2,
-    ];
-    // In this order a NaN stays one.
-    let x = simd.max(simd.splat(-126.0), simd.min(simd.splat(127.0), x));
-    let rounded = round(simd, x);
-    let rest = simd.sub(x, rounded);
-    let mut series = simd.splat(TERMS[0]);
-    for term in &TERMS[1..] {
-        series = simd.mul_add(series, rest, simd.splat(*term));
-    }
-    simd.scale_by_power(simd.mul_add(series, rest, simd.splat(1.0)), rounded)
-}
-
 /// x / (1 + e^-x).
 #[inline(always)]
 pub(in crate::ops) fn silu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
@@ -111,7 +86,6 @@ mod tests {
     #[derive(Clone, Copy, Debug, PartialEq)]
     enum Function {
         Exp,
-        Exp2,
         Silu,
         Gelu,
         QuickGelu,
@@ -133,7 +107,6 @@ mod tests {
                     let x = simd.load_some(from.as_ptr(), from.len());
                     let value = match function {
                         Function::Exp => exp(simd, x),
-                        Function::Exp2 => exp2(simd, x),
                         Function::Silu => silu(simd, x),
                         Function::Gelu => gelu(simd, x),
                         Function::QuickGelu => quick_gelu(simd, x),
@@ -165,25 +138,20 @@ mod tests {
     #[test]
     fn powers_are_within_two_units_in_the_last_place() {
         assert_near(Function::Exp, &hundredths(-8700, 8800), f64::exp, 2.4e-7, true);
-        assert_near(Function::Exp2, &hundredths(-12_600, 12_700), f64::exp2, 2.4e-7, true);
     }
 
     #[test]
-    fn whole_powers_of_two_are_exact() {
-        let whole: Vec<f32> = (-126..=127).map(|power| power as f32).collect();
-        assert_near(Function::Exp2, &whole, f64::exp2, 0.0, true);
+    fn the_power_of_zero_is_exact() {
         assert_near(Function::Exp, &[0.0, -0.0], f64::exp, 0.0, true);
     }
 
     #[test]
     fn powers_beyond_f32_are_as_small_or_large_as_it_has_them() {
         for isa in Isa::available() {
-            for function in [Function::Exp, Function::Exp2] {
-                let got =
-                    dispatch(isa, Each(function, &[-1e4, f32::NEG_INFINITY, f32::MIN, 1e4, f32::INFINITY, f32::MAX]));
-                assert!(got[..3].iter().all(|value| (0.0..2e-38).contains(value)), "{isa}: {function:?} {got:?}");
-                assert!(got[3..].iter().all(|value| *value > 1e38), "{isa}: {function:?} {got:?}");
-            }
+            let far = [-1e4, f32::NEG_INFINITY, f32::MIN, 1e4, f32::INFINITY, f32::MAX];
+            let got = dispatch(isa, Each(Function::Exp, &far));
+            assert!(got[..3].iter().all(|value| (0.0..2e-38).contains(value)), "{isa}: {got:?}");
+            assert!(got[3..].iter().all(|value| *value > 1e38), "{isa}: {got:?}");
         }
     }
 
@@ -227,7 +195,7 @@ mod tests {
     #[test]
     fn what_is_no_number_stays_visible_and_zero_stays_zero() {
         for isa in Isa::available() {
-            for function in [Function::Exp, Function::Exp2, Function::Silu, Function::Gelu, Function::QuickGelu] {
+            for function in [Function::Exp, Function::Silu, Function::Gelu, Function::QuickGelu] {
                 let got = dispatch(isa, Each(function, &[f32::NAN, -f32::NAN, 1.0]));
                 assert!(got[0].is_nan() && got[1].is_nan() && got[2].is_finite(), "{isa}: {function:?} {got:?}");
             }

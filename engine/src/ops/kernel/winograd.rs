@@ -116,7 +116,7 @@ pub(in crate::ops) fn transform_patches<S: Simd, O: Element, const N: usize>(
                 *line = patch_line(simd, values);
             }
             for x in 0..N {
-                let column = patch_line(simd, std::array::from_fn::<_, N, _>(|y| lines[y][x]));
+                let column = patch_line(simd, column(&lines, x));
                 for (y, value) in column.into_iter().enumerate() {
                     let at = ((y * N + x) * tiles.count() + tile) * channels + channel;
                     // SAFETY: within (N · N, tiles, channels).
@@ -132,6 +132,12 @@ pub(in crate::ops) fn transform_patches<S: Simd, O: Element, const N: usize>(
             }
         }
     }
+}
+
+/// One column of `lines`.
+#[inline(always)]
+fn column<V: Copy, const W: usize, const N: usize>(lines: &[[V; W]; N], at: usize) -> [V; N] {
+    std::array::from_fn(|line| lines[line][at])
 }
 
 /// # Safety
@@ -230,7 +236,7 @@ pub(in crate::ops) fn transform_outputs<S: Simd, E: Element, const N: usize>(
                 *line = output_line(simd, values);
             }
             for across in 0..step.min(width - x) {
-                let column = output_line(simd, std::array::from_fn::<_, N, _>(|place| lines[place][across]));
+                let column = output_line(simd, column(&lines, across));
                 for (down, value) in column.into_iter().enumerate().take(step.min(height - y)) {
                     let target = ((row * height + y + down) * width + x + across) * outputs;
                     // SAFETY: within this row's map, and `check` saw to what is added.
