@@ -7,11 +7,12 @@ use super::kernel::element::Element;
 use super::kernel::isa::Isa;
 use super::kernel::panels::Panels;
 use super::kernel::product::{Finish, Then};
+use super::kernel::winograd_product::Factors;
 use super::parameter::Parameter;
 use super::shared::Shared;
 use super::tensor::{Host, Place, Tensor, Values};
 use super::windows::{Call, Map, Placing, Windows};
-use super::winograd::Winograd;
+use super::winograd;
 use super::{layout, misuse};
 use crate::Result;
 
@@ -54,8 +55,10 @@ enum Weight {
 
 /// A weight as one of the ways to compute a convolution on the host wants it.
 pub(super) enum Packed {
+    /// For windows, or for minimal filtering that transforms it on the way.
     Windows(Panels),
-    Winograd(Winograd),
+    /// Transformed for minimal filtering.
+    Filtered(Vec<Panels>),
 }
 
 /// What a convolution adds to its result.
@@ -79,8 +82,8 @@ impl Conv2d {
                 bias: bias.map(|bias| bias.on_device(place)).transpose()?,
             },
             Some(format) => {
-                let packed = if takes_winograd(format, kernel, shape, inputs * outputs) {
-                    Packed::Winograd(Winograd::new(weight, outputs, inputs, format)?)
+                let packed = if filters_transformed(format, kernel, shape, inputs * outputs) {
+                    Packed::Filtered(winograd::transformed(weight, outputs, inputs)?)
                 } else {
                     Packed::Windows(pack(format, weight, outputs, inputs, kernel_height * kernel_width)?)
                 };
@@ -139,9 +142,14 @@ impl Conv2d {
                         "a convolution, its input and what is added are of different formats".to_owned(),
                     ));
                 }
-                let output = match format {
-                    Format::F32 => call.run::<f32, 6>(packed, windows),
-                    Format::Bf16 => call.run::<bf16, 4>(packed, windows),
+                // A row's own tiles decide: what is computed in company must be what is computed alone.
+                let plain = format == Format::F32
+                    && filters(self.kernel, self.shape, self.inputs * self.outputs)
+                    && winograd::tiles::<6>(Map { height, width, channels: inputs }).count() >= 4;
+                let output = match (format, packed) {
+                    (Format::F32, Packed::Windows(panels)) if plain => call.filter::<f32, 6>(Factors::Plain(panels)),
+                    (Format::F32, packed) => call.run::<f32>(packed, windows),
+                    (Format::Bf16, packed) => call.run::<bf16>(packed, windows),
                 }?;
                 Ok(Tensor::on_host(output, &dims))
             }
@@ -174,7 +182,7 @@ impl Packed {
     fn format(&self) -> Format {
         match self {
             Self::Windows(panels) => panels.format(),
-            Self::Winograd(winograd) => winograd.format(),
+            Self::Filtered(parts) => parts[0].format(),
         }
     }
 }
@@ -199,18 +207,20 @@ impl Added<'_> {
     }
 }
 
-/// Whether minimal filtering pays: where multiplications are dear (tiles make them all but free) and the
-/// weight, which grows by it to 16/9 in `bf16` and 4 times in `f32`, stays small beside the maps that it
-/// meets.
-fn takes_winograd(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
-    /// With fewer weights there is more to transform than to multiply.
-    const FEW: usize = 1 << 12;
-    let many = match format {
-        Format::F32 => 300 << 10,
-        Format::Bf16 if Isa::best() == Isa::Amx => 0,
-        Format::Bf16 => 1 << 22,
-    };
-    kernel == (3, 3) && shape == ConvShape::same(3) && (FEW..=many).contains(&weights)
+/// Below so many weights of a tap there is more to transform than to multiply.
+const FEW: usize = 1 << 12;
+
+/// Whether minimal filtering can compute it, and so many weights of a tap are worth it.
+fn filters(kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
+    kernel == (3, 3) && shape == ConvShape::same(3) && weights >= FEW
+}
+
+/// Whether its weight, which grows to 16/9 by it, is transformed once and kept so. In `f32` it would grow
+/// to 4 times and is transformed at each use; where `bf16` goes by tiles, multiplications are all but free.
+fn filters_transformed(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
+    /// More would cost more memory than the time is worth: such weights meet the smallest maps.
+    const MANY: usize = 1 << 22;
+    filters(kernel, shape, weights) && weights <= MANY && format == Format::Bf16 && Isa::best() != Isa::Amx
 }
 
 /// One use of a convolution on the host.
@@ -222,20 +232,26 @@ pub(super) struct HostCall<'a> {
 }
 
 impl HostCall<'_> {
-    /// The whole output, position after position; `SIDE` is that of a patch of [`Winograd`] in this format.
-    fn run<E: Element, const SIDE: usize>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
+    /// The whole output, position after position.
+    fn run<E: Element>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
+        let panels = match packed {
+            Packed::Windows(panels) => panels,
+            Packed::Filtered(parts) => return self.filter::<E, 4>(Factors::Ready(parts)),
+        };
         let (rows, outputs, (down, across)) = (self.x.dims()[0], self.outputs, windows.outputs);
         let mut output = Buffer::new(E::FORMAT, rows * down * across * outputs)?;
-        match packed {
-            Packed::Windows(panels) => {
-                let placing =
-                    Placing { first: 0, row: down * across * outputs, line: across * outputs, position: outputs };
-                self.run_windows::<E>(panels, windows, placing, &mut output)?;
-            }
-            Packed::Winograd(winograd) => self.finish::<E>(|host, map, finish| {
-                winograd.run::<E, SIDE>(host, rows, map, finish, &Shared::new(output.values_mut()))
-            })?,
-        }
+        let placing = Placing { first: 0, row: down * across * outputs, line: across * outputs, position: outputs };
+        self.run_windows::<E>(panels, windows, placing, &mut output)?;
+        Ok(output)
+    }
+
+    /// The whole output by minimal filtering with patches of `N` a side.
+    fn filter<E: Element, const N: usize>(&self, factors: Factors<'_>) -> Result<Buffer> {
+        let (rows, height, width, _) = self.x.dims4()?;
+        let mut output = Buffer::new(E::FORMAT, rows * height * width * self.outputs)?;
+        self.finish::<E>(|host, map, finish| {
+            winograd::Call { host, rows, map, factors, finish }.run::<N>(&Shared::new(output.values_mut()))
+        })?;
         Ok(output)
     }
 

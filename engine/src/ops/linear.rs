@@ -213,7 +213,7 @@ impl Call<'_> {
         let wanted = wanted_tasks(work);
         let block = positions.div_ceil(wanted).next_multiple_of(8).clamp(32, BLOCK);
         let blocks = positions.div_ceil(block);
-        let slices = windows::slices(self.panels, wanted.div_ceil(blocks.max(1)), self.then);
+        let slices = windows::slices(self.panels.outputs(), wanted.div_ceil(blocks.max(1)), self.then);
         run_tasks(blocks * slices.len(), work, |task| {
             let (slice, first) = (&slices[task / blocks], task % blocks * block);
             let line =

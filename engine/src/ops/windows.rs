@@ -8,7 +8,7 @@ use super::buffer::Format;
 use super::kernel::element::Element;
 use super::kernel::functions::silu;
 use super::kernel::isa::{Isa, Kernel, dispatch};
-use super::kernel::panels::Panels;
+use super::kernel::panels::{PANEL, Panels};
 use super::kernel::product::{Block, Finish, Line, Then, chunks, sums_len};
 use super::kernel::simd::Simd;
 use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
@@ -70,9 +70,9 @@ pub(super) struct Call<'a, E> {
     pub placing: Placing,
 }
 
-/// The panels of `weight` in about `wanted` parts for as many threads; gates stay with their values.
-pub(super) fn slices(weight: &Panels, wanted: usize, then: Then) -> Vec<Range<usize>> {
-    let panels = weight.outputs().div_ceil(super::kernel::panels::PANEL);
+/// The panels of `outputs` in about `wanted` parts for as many threads; gates stay with their values.
+pub(super) fn slices(outputs: usize, wanted: usize, then: Then) -> Vec<Range<usize>> {
+    let panels = outputs.div_ceil(PANEL);
     // Parts of whole groups: panels that the kernel sums together.
     let unit = if then == Then::Gate { 2 } else { 3 };
     let units = panels.div_ceil(unit);
@@ -97,7 +97,7 @@ impl<E: Element> Call<'_, E> {
         let work = self.rows * down * across * self.weight.inner() * self.weight.outputs();
         let wanted = wanted_tasks(work);
         let tiles = self.tiles(wanted);
-        let slices = slices(self.weight, wanted.div_ceil(tiles.len().max(1)), self.finish.then);
+        let slices = slices(self.weight.outputs(), wanted.div_ceil(tiles.len().max(1)), self.finish.then);
         run_tasks(tiles.len() * slices.len(), work, |task| {
             // Neighbouring tasks share their weights.
             self.compute(&tiles[task % tiles.len()], slices[task / tiles.len()].clone(), output)

@@ -1,5 +1,5 @@
-//! The 3×3 convolution by minimal filtering: where multiplications are what limits, four to nine
-//! sixteenths of them do.
+//! The 3×3 convolution by minimal filtering: where multiplications are what limits, a quarter to four
+//! ninths of them do.
 
 use std::ops::Range;
 
@@ -7,126 +7,31 @@ use half::bf16;
 
 use super::buffer::Format;
 use super::kernel::element::Element;
-use super::kernel::isa::{Isa, Kernel, dispatch};
-use super::kernel::panels::{PANEL, Panels};
+use super::kernel::isa::{Isa, dispatch};
+use super::kernel::panels::Panels;
 use super::kernel::product::Finish;
-use super::kernel::simd::Simd;
-use super::kernel::winograd::{GROUP, Tiles, Window, multiply, transform_outputs, transform_patches, weight_transform};
+use super::kernel::winograd::{Outputs, Segment, Tiles};
+use super::kernel::winograd_product::{Block, Factors, Patches, sums_len, weights_len};
 use super::parameter::Parameter;
 use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
 use super::tensor::Host;
 use super::windows::{Area, Copy, Map, slices};
 use crate::Result;
 
-/// The transformed weights of a 3×3 convolution of stride 1 that keeps the map's size.
-pub(super) struct Winograd {
-    /// One right factor (inputs, outputs) for each place of a patch.
-    weights: Vec<Panels>,
-    /// A patch's side: 4 for tiles of 2 outputs, 6 for tiles of 4.
-    side: usize,
+/// Transforms a checkpoint's (out, in, 3, 3) weight into `bf16` factors for tiles of 2 outputs a side, one
+/// for each place of a patch of 4.
+pub(super) fn transformed(weight: &Parameter<'_>, outputs: usize, inputs: usize) -> Result<Vec<Panels>> {
+    let inner = inputs.next_multiple_of(bf16::DEPTH);
+    Panels::pack_parts(Format::Bf16, 16, outputs, inner, |output, columns| {
+        let mut values = vec![0.0; inputs * 9];
+        weight.read(output * inputs * 9, &mut values);
+        transform_weight(&values, inner, columns);
+    })
 }
 
-impl Winograd {
-    /// Transforms a checkpoint's (out, in, 3, 3) weight into factors of `format`: tiles of 4 outputs in
-    /// `f32`, of 2 in `bf16`, which could not hold the larger transform's sums.
-    pub fn new(weight: &Parameter<'_>, outputs: usize, inputs: usize, format: Format) -> Result<Self> {
-        let side = match format {
-            Format::F32 => 6,
-            Format::Bf16 => 4,
-        };
-        let inner = match format {
-            Format::F32 => inputs.next_multiple_of(f32::DEPTH),
-            Format::Bf16 => inputs.next_multiple_of(bf16::DEPTH),
-        };
-        let weights = Panels::pack_parts(format, side * side, outputs, inner, |output, columns| {
-            let mut values = vec![0.0; inputs * 9];
-            weight.read(output * inputs * 9, &mut values);
-            transform_weight(&values, side, inner, columns);
-        })?;
-        Ok(Self { weights, side })
-    }
-
-    pub fn format(&self) -> Format {
-        self.weights[0].format()
-    }
-
-    /// One convolution of all rows; `N` is the patch's side that [`Winograd::new`] chose for `E`.
-    pub fn run<E: Element, const N: usize>(
-        &self,
-        host: &Host,
-        rows: usize,
-        map: Map,
-        finish: &Finish<'_, E>,
-        output: &Shared<'_, E>,
-    ) -> Result<()> {
-        assert_eq!(N, self.side, "side of a patch");
-        /// Bytes of a block's transformed patches, which outlive a second-level cache but not a third.
-        const PATCHES: usize = 2 << 20;
-        /// Tiles of a block.
-        const TILES: usize = 128;
-        let step = N - 2;
-        let all = Tiles { down: map.height.div_ceil(step), across: map.width.div_ceil(step) };
-        let inner = self.weights[0].inner();
-        let work = rows * all.count() * N * N * inner * self.weights[0].outputs();
-        let wanted = wanted_tasks(work);
-        let fitting = (PATCHES / (N * N * inner * size_of::<E>())).clamp(8, TILES);
-        let shared = (rows * all.count()).div_ceil(wanted).max(16);
-        let across = all.across.div_ceil(all.across.div_ceil(16));
-        let down = (fitting.min(shared) / across).clamp(1, all.down);
-        let (blocks_down, blocks_across) = (all.down.div_ceil(down), all.across.div_ceil(across));
-        let blocks = rows * blocks_down * blocks_across;
-        let slices = slices(&self.weights[0], wanted.div_ceil(blocks.max(1)), finish.then);
-        run_tasks(blocks * slices.len(), work, |task| {
-            let (slice, block) = (slices[task / blocks].clone(), task % blocks);
-            let row = block / (blocks_down * blocks_across);
-            let (top, left) = (block / blocks_across % blocks_down * down, block % blocks_across * across);
-            let tiles = Tiles { down: down.min(all.down - top), across: across.min(all.across - left) };
-            let window = Window {
-                row,
-                top: top * step,
-                left: left * step,
-                height: map.height,
-                width: map.width,
-                outputs: self.weights[0].outputs(),
-            };
-            self.block::<E, N>(host, map, tiles, window, slice, finish, output)
-        })
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn block<E: Element, const N: usize>(
-        &self,
-        host: &Host,
-        map: Map,
-        tiles: Tiles,
-        window: Window,
-        panels: Range<usize>,
-        finish: &Finish<'_, E>,
-        output: &Shared<'_, E>,
-    ) -> Result<()> {
-        let inner = self.weights[0].inner();
-        let width = tiles.across * (N - 2) + 2;
-        let area =
-            Area { row: window.row, top: window.top as isize - 1, left: window.left as isize - 1, width, pixel: inner };
-        let area_len = (tiles.down * (N - 2) + 2) * width * inner;
-        with_scratch(area_len, |values: &mut [E]| {
-            let pending = host.pending.as_deref();
-            let from = host.buffer.values::<E>();
-            dispatch(Isa::best(), Copy { map, area, from, pending, to: &mut *values });
-            with_scratch(N * N * tiles.count() * inner, |patches: &mut [E]| {
-                with_scratch(N * N * tiles.count() * GROUP * PANEL, |sums| {
-                    let (weights, area) = (self.weights.as_slice(), &*values);
-                    let block = Block::<_, N> { area, patches, sums, weights, tiles, window, panels, finish, output };
-                    dispatch(Isa::best(), block);
-                })
-            })?
-        })?
-    }
-}
-
-/// One output's weight (inputs, 3 · 3) → G w Gᵀ as (side · side, inner), whose inputs may be fewer.
-fn transform_weight(values: &[f32], side: usize, inner: usize, to: &mut [f32]) {
-    let transform = weight_transform(side);
+/// One output's weight (inputs, 3 · 3) → G w Gᵀ as (4 · 4, inner), whose inputs may be fewer.
+fn transform_weight(values: &[f32], inner: usize, to: &mut [f32]) {
+    const TRANSFORM: [[f32; 3]; 4] = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]];
     let inputs = values.len() / 9;
     // Inputs side by side, so that each sum runs over whole vectors.
     let mut taps = vec![0f32; 9 * inputs];
@@ -136,52 +41,124 @@ fn transform_weight(values: &[f32], side: usize, inner: usize, to: &mut [f32]) {
         }
     }
     let mut lines = vec![0f32; 3 * inputs];
-    for (y, down) in transform.iter().enumerate() {
+    for (y, down) in TRANSFORM.into_iter().enumerate() {
         for (column, line) in lines.chunks_exact_mut(inputs).enumerate() {
             let tap = |row: usize| &taps[(3 * row + column) * inputs..][..inputs];
-            combine(*down, [tap(0), tap(1), tap(2)], line);
+            combine(down, [tap(0), tap(1), tap(2)], line);
         }
-        for (x, across) in transform.iter().enumerate() {
+        for (x, across) in TRANSFORM.into_iter().enumerate() {
             let line = |column: usize| &lines[column * inputs..][..inputs];
-            combine(*across, [line(0), line(1), line(2)], &mut to[(y * side + x) * inner..][..inputs]);
+            combine(across, [line(0), line(1), line(2)], &mut to[(y * 4 + x) * inner..][..inputs]);
         }
     }
 }
 
 /// The sum of three vectors times their factors.
-fn combine(factors: [f64; 3], [a, b, c]: [&[f32]; 3], to: &mut [f32]) {
-    let [first, second, third] = factors.map(|factor| factor as f32);
+fn combine([first, second, third]: [f32; 3], [a, b, c]: [&[f32]; 3], to: &mut [f32]) {
     for (((to, a), b), c) in to.iter_mut().zip(a).zip(b).zip(c) {
         *to = first * a + second * b + third * c;
     }
 }
 
-/// A block of tiles times panels, on one thread.
-struct Block<'a, E, const N: usize> {
-    area: &'a [E],
-    patches: &'a mut [E],
-    sums: &'a mut [f32],
-    weights: &'a [Panels],
-    tiles: Tiles,
-    window: Window,
-    panels: Range<usize>,
-    finish: &'a Finish<'a, E>,
-    output: &'a Shared<'a, E>,
+/// One use of a 3×3 convolution of stride 1 that keeps the map's size.
+pub(super) struct Call<'a, E> {
+    pub host: &'a Host,
+    pub rows: usize,
+    pub map: Map,
+    pub factors: Factors<'a>,
+    pub finish: &'a Finish<'a, E>,
 }
 
-impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { area, patches, sums, weights, tiles, window, panels, finish, output } = self;
-        transform_patches::<S, E, N>(simd, area, weights[0].inner(), tiles, patches);
-        let mut start = panels.start;
-        while start < panels.end {
-            let group = (start, GROUP.min(panels.end - start));
-            multiply(simd, patches, tiles.count(), weights, group, sums);
-            transform_outputs::<S, E, N>(simd, sums, tiles, group, window, finish, output);
-            start += GROUP;
-        }
+impl<E: Element> Call<'_, E> {
+    /// Computes all outputs from patches of `N` a side: 4 for tiles of 2 outputs, 6 for tiles of 4.
+    pub fn run<const N: usize>(&self, output: &Shared<'_, E>) -> Result<()> {
+        let all = tiles::<N>(self.map);
+        let work = self.rows * all.count() * N * N * self.factors.inner() * self.factors.outputs();
+        let blocks = self.blocks::<N>(all);
+        let slices = slices(self.factors.outputs(), wanted_tasks(work).div_ceil(blocks.len().max(1)), self.finish.then);
+        run_tasks(blocks.len() * slices.len(), work, |task| {
+            self.block::<N>(&blocks[task % blocks.len()], slices[task / blocks.len()].clone(), output)
+        })
     }
+
+    /// Cuts the tiles into blocks: parts of a row's map, or the whole maps of several rows.
+    fn blocks<const N: usize>(&self, all: Tiles) -> Vec<Vec<Segment>> {
+        /// Bytes of a block's transformed patches, which outlive a second-level cache but not a third.
+        const PATCHES: usize = 2 << 20;
+        /// Tiles of a block: each transformed weight serves so many.
+        const TILES: usize = 128;
+        /// Tiles of a block side by side.
+        const ACROSS: usize = 16;
+        let most = (PATCHES / (N * N * self.factors.inner() * size_of::<E>())).clamp(8, TILES);
+        let across = all.across.div_ceil(all.across.div_ceil(ACROSS));
+        let down = (most / across).clamp(1, all.down);
+        let mut blocks: Vec<Vec<Segment>> = Vec::new();
+        let mut count = usize::MAX;
+        for row in 0..self.rows {
+            for top in (0..all.down).step_by(down) {
+                for left in (0..all.across).step_by(across) {
+                    let tiles = Tiles { down: down.min(all.down - top), across: across.min(all.across - left) };
+                    if count.saturating_add(tiles.count()) > most {
+                        blocks.push(Vec::new());
+                        count = 0;
+                    }
+                    let segment = Segment { row, top: top * (N - 2), left: left * (N - 2), tiles, first: count };
+                    count += tiles.count();
+                    if let Some(block) = blocks.last_mut() {
+                        block.push(segment);
+                    }
+                }
+            }
+        }
+        blocks
+    }
+
+    fn block<const N: usize>(&self, segments: &[Segment], panels: Range<usize>, output: &Shared<'_, E>) -> Result<()> {
+        let Map { height, width, .. } = self.map;
+        let (factors, inner) = (self.factors, self.factors.inner());
+        let outputs = Outputs { height, width, channels: factors.outputs() };
+        let tiles = segments.iter().map(|segment| segment.tiles.count()).sum();
+        with_scratch(N * N * tiles * inner, |patches: &mut [E]| {
+            for segment in segments {
+                self.patches::<N>(*segment, tiles, patches)?;
+            }
+            with_scratch(weights_len::<E, N>(factors), |weights| {
+                with_scratch(sums_len::<N>(tiles), |sums| {
+                    let finish = self.finish;
+                    let block = Block::<_, N> {
+                        patches,
+                        tiles,
+                        segments,
+                        factors,
+                        panels,
+                        weights,
+                        sums,
+                        outputs,
+                        finish,
+                        output,
+                    };
+                    dispatch(Isa::best(), block);
+                })
+            })?
+        })?
+    }
+
+    /// Copies what a segment sees, with its padding and whatever norm is pending, and transforms it.
+    fn patches<const N: usize>(&self, segment: Segment, all: usize, to: &mut [E]) -> Result<()> {
+        let Segment { row, top, left, tiles, first } = segment;
+        let inner = self.factors.inner();
+        let width = tiles.across * (N - 2) + 2;
+        let area = Area { row, top: top as isize - 1, left: left as isize - 1, width, pixel: inner };
+        with_scratch((tiles.down * (N - 2) + 2) * width * inner, |values: &mut [E]| {
+            let (map, from) = (self.map, self.host.buffer.values::<E>());
+            dispatch(Isa::best(), Copy { map, area, from, pending: self.host.pending.as_deref(), to: &mut *values });
+            let patches = Patches::<_, N> { area: &*values, channels: inner, tiles, place: (first, all), to };
+            dispatch(Isa::best(), patches);
+        })
+    }
+}
+
+/// The tiles of a row's map.
+pub(super) fn tiles<const N: usize>(map: Map) -> Tiles {
+    Tiles { down: map.height.div_ceil(N - 2), across: map.width.div_ceil(N - 2) }
 }

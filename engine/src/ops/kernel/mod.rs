@@ -18,6 +18,7 @@ pub(super) mod panels;
 pub(super) mod product;
 pub(super) mod simd;
 pub(super) mod winograd;
+pub(super) mod winograd_product;
 
 mod attention_group;
 mod attention_pack;

@@ -5,29 +5,36 @@
 //! Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015
 //! (<https://arxiv.org/abs/1509.09308>), sections 4.1 and 4.3.
 
+use std::ops::Range;
+
 use super::element::Element;
 use super::panels::{PANEL, Panels};
 use super::product::Finish;
 use super::simd::Simd;
-use super::tile::{Piece, Strip};
 use crate::ops::shared::Shared;
 
-/// Panels of outputs whose sums are kept until they are transformed.
-pub(in crate::ops) const GROUP: usize = 3;
-
-/// Of a tile of 2 outputs (`N` = 4) or 4 (`N` = 6): the weights' transform G, by line.
-pub(in crate::ops) fn weight_transform(n: usize) -> &'static [[f64; 3]] {
-    const SMALL: [[f64; 3]; 4] = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]];
-    const SIXTH: f64 = 1.0 / 6.0;
-    const LARGE: [[f64; 3]; 6] = [
-        [0.25, 0.0, 0.0],
-        [-SIXTH, -SIXTH, -SIXTH],
-        [-SIXTH, SIXTH, -SIXTH],
-        [SIXTH / 4.0, SIXTH / 2.0, SIXTH],
-        [SIXTH / 4.0, -SIXTH / 2.0, SIXTH],
-        [0.0, 0.0, 1.0],
-    ];
-    if n == 4 { &SMALL } else { &LARGE }
+/// The transform of a line of a weight, G w.
+#[inline(always)]
+fn weight_line<S: Simd, const N: usize>(simd: S, w: [S::F32; 3]) -> [S::F32; N] {
+    let mut line = [w[2]; N];
+    if N == 4 {
+        let half = simd.splat(0.5);
+        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), half), simd.mul(w[1], half));
+        line[0] = w[0];
+        line[1] = simd.add(outer, middle);
+        line[2] = simd.sub(outer, middle);
+    } else {
+        let minus_sixth = simd.splat(-1.0 / 6.0);
+        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), minus_sixth), simd.mul(w[1], minus_sixth));
+        line[0] = simd.mul(w[0], simd.splat(0.25));
+        line[1] = simd.add(outer, middle);
+        line[2] = simd.sub(outer, middle);
+        let outer = simd.mul_add(w[0], simd.splat(1.0 / 24.0), simd.mul(w[2], simd.splat(1.0 / 6.0)));
+        let middle = simd.mul(w[1], simd.splat(1.0 / 12.0));
+        line[3] = simd.add(outer, middle);
+        line[4] = simd.sub(outer, middle);
+    }
+    line
 }
 
 /// The transform of a line of a patch, Bᵀ d.
@@ -88,45 +95,109 @@ impl Tiles {
     }
 }
 
-/// A transformed patch's values: (N · N, tiles, channels) from an area of (down · (N - 2) + 2) lines of
-/// (across · (N - 2) + 2) pixels.
+/// Inner positions whose factors are worked through before the next ones: little enough that those of a
+/// few panels stay in the first cache.
+pub(super) const fn chunk<E: Element>() -> usize {
+    if E::DEPTH == 1 { 64 } else { 320 }
+}
+
+/// Chunks of `inner` positions.
+pub(super) fn chunks<E: Element>(inner: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..inner).step_by(chunk::<E>()).map(move |first| first..inner.min(first + chunk::<E>()))
+}
+
+/// Transforms the patches of `tiles` from an area of (down · (N - 2) + 2) lines of (across · (N - 2) + 2)
+/// pixels. They become the tiles from `first` on of `all` in `to`: (N · N, chunks, tiles, channels of the
+/// chunk).
 #[inline(always)]
-pub(in crate::ops) fn transform_patches<S: Simd, O: Element, const N: usize>(
+pub(in crate::ops) fn transform_patches<S: Simd, E: Element, const N: usize>(
     simd: S,
-    area: &[O],
+    area: &[E],
     channels: usize,
     tiles: Tiles,
-    to: &mut [O],
+    (first, all): (usize, usize),
+    to: &mut [E],
 ) {
     let step = N - 2;
     let width = tiles.across * step + 2;
     assert_eq!(area.len(), (tiles.down * step + 2) * width * channels, "size of an area");
-    assert_eq!(to.len(), N * N * tiles.count() * channels, "size of transformed patches");
+    assert_eq!(to.len(), N * N * all * channels, "size of transformed patches");
+    assert!(first + tiles.count() <= all, "tiles of a block");
     for tile in 0..tiles.count() {
         let corner = (tile / tiles.across * step * width + tile % tiles.across * step) * channels;
-        for channel in (0..channels).step_by(S::LANES) {
-            let count = S::LANES.min(channels - channel);
-            let mut lines = [[simd.splat(0.0); N]; N];
-            for (y, line) in lines.iter_mut().enumerate() {
-                let values: [S::F32; N] = std::array::from_fn(|x| {
-                    let from = corner + (y * width + x) * channels + channel;
-                    // SAFETY: the last patch's last pixel is the area's last one.
-                    unsafe { some(simd, area.as_ptr().add(from), count) }
-                });
-                *line = patch_line(simd, values);
-            }
-            for x in 0..N {
-                let column = patch_line(simd, column(&lines, x));
-                for (y, value) in column.into_iter().enumerate() {
-                    let at = ((y * N + x) * tiles.count() + tile) * channels + channel;
-                    // SAFETY: within (N · N, tiles, channels).
-                    unsafe {
-                        let to = to.as_mut_ptr().add(at);
-                        if count == S::LANES {
-                            O::store(simd, to, value)
-                        } else {
-                            O::store_some(simd, to, value, count)
+        for chunk in chunks::<E>(channels) {
+            for channel in chunk.clone().step_by(S::LANES) {
+                let count = S::LANES.min(channels - channel);
+                let mut lines = [[simd.splat(0.0); N]; N];
+                for (y, line) in lines.iter_mut().enumerate() {
+                    let values: [S::F32; N] = std::array::from_fn(|x| {
+                        let from = corner + (y * width + x) * channels + channel;
+                        // SAFETY: the last patch's last pixel is the area's last one.
+                        unsafe { some(simd, area.as_ptr().add(from), count) }
+                    });
+                    *line = patch_line(simd, values);
+                }
+                let place = chunk.start * all + (first + tile) * chunk.len() + channel - chunk.start;
+                for x in 0..N {
+                    let column = patch_line(simd, column(&lines, x));
+                    for (y, value) in column.into_iter().enumerate() {
+                        // SAFETY: within (N · N, chunks, tiles, channels of the chunk).
+                        unsafe {
+                            let to = to.as_mut_ptr().add((y * N + x) * all * channels + place);
+                            if count == S::LANES {
+                                E::store(simd, to, value)
+                            } else {
+                                E::store_some(simd, to, value, count)
+                            }
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Values from one place's transformed weights to the next one's. A line of the cache more than there are,
+/// so that the places do not all meet in one set of it.
+pub(super) const fn weights_stride(panels: usize, steps: usize) -> usize {
+    panels * steps * PANEL + PANEL
+}
+
+/// Transforms the weights of the panels `group` at the inner positions `chunk` of a packed 3×3 weight,
+/// (9 · `inner`, outputs): (N · N, panels, positions, [`PANEL`]). For formats whose positions go one by one.
+#[inline(always)]
+pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
+    simd: S,
+    weight: &Panels,
+    inner: usize,
+    group: &Range<usize>,
+    chunk: &Range<usize>,
+    to: &mut [E],
+) {
+    let values = weight.values::<E>();
+    let (panels, steps) = (group.len(), chunk.len());
+    assert!(E::DEPTH == 1 && weight.inner() == 9 * inner && chunk.end <= inner, "inner positions of a weight");
+    assert!(group.end * 9 * inner * PANEL <= values.len(), "panels of a weight");
+    let stride = weights_stride(panels, steps);
+    assert!(to.len() >= N * N * stride, "room for transformed weights");
+    for (index, panel) in group.clone().enumerate() {
+        for (step, position) in chunk.clone().enumerate() {
+            for lane in (0..PANEL).step_by(S::LANES) {
+                let taps: [S::F32; 9] = std::array::from_fn(|tap| {
+                    let from = ((panel * 9 + tap) * inner + position) * PANEL + lane;
+                    // SAFETY: within (panels, 9, inner, PANEL).
+                    unsafe { E::load(simd, values.as_ptr().add(from)) }
+                });
+                let mut down = [[taps[0]; N]; 3];
+                for (x, column) in down.iter_mut().enumerate() {
+                    *column = weight_line(simd, [taps[x], taps[3 + x], taps[6 + x]]);
+                }
+                for y in 0..N {
+                    let line: [S::F32; N] = weight_line(simd, [down[0][y], down[1][y], down[2][y]]);
+                    for (x, value) in line.into_iter().enumerate() {
+                        let at = (y * N + x) * stride + (index * steps + step) * PANEL + lane;
+                        // SAFETY: within (N · N, panels, positions, PANEL).
+                        unsafe { E::store(simd, to.as_mut_ptr().add(at), value) }
                     }
                 }
             }
@@ -148,89 +219,60 @@ unsafe fn some<S: Simd, E: Element>(simd: S, from: *const E, count: usize) -> S:
     unsafe { if count == S::LANES { E::load(simd, from) } else { E::load_some(simd, from, count) } }
 }
 
-/// The products of all tiles with `count` panels from `panel` on: (N · N, tiles, count · PANEL) sums.
-#[inline(always)]
-pub(in crate::ops) fn multiply<S: Simd, O: Element>(
-    simd: S,
-    patches: &[O],
-    tiles: usize,
-    weights: &[Panels],
-    (panel, count): (usize, usize),
-    sums: &mut [f32],
-) {
-    let inner = weights[0].inner();
-    assert_eq!(patches.len(), weights.len() * tiles * inner, "size of transformed patches");
-    assert!(sums.len() >= weights.len() * tiles * count * PANEL, "room for the sums");
-    let pieces = [Piece { left: 0, first: 0, steps: inner / O::DEPTH }];
-    let per_panel = PANEL / S::LANES;
-    let width = (count * per_panel).div_ceil((count * per_panel).div_ceil(S::TILE.1));
-    for (place, weight) in weights.iter().enumerate() {
-        assert!(weight.inner() == inner && (panel + count) * PANEL < weight.outputs() + PANEL, "panels of a product");
-        for vector in (0..count * per_panel).step_by(width) {
-            let strip = Strip {
-                left: patches[place * tiles * inner..].as_ptr(),
-                left_stride: inner,
-                positions: tiles,
-                right: weight.values::<O>().as_ptr(),
-                inner,
-                vector: panel * per_panel + vector,
-                vectors: width.min(count * per_panel - vector),
-                pieces: &pieces,
-                sums: sums[place * tiles * count * PANEL + vector * S::LANES..].as_mut_ptr(),
-                sums_stride: count * PANEL,
-                go_on: false,
-            };
-            // SAFETY: the asserts above saw to the patches, the weights and the room for the sums.
-            unsafe {
-                strip.run(simd);
-            }
-        }
-    }
-}
-
-/// Where a block's outputs go.
+/// A rectangle of one row's tiles in a block.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::ops) struct Window {
+pub(in crate::ops) struct Segment {
     pub row: usize,
     /// The first tile's first output.
     pub top: usize,
     pub left: usize,
-    /// The whole map.
-    pub height: usize,
-    pub width: usize,
-    pub outputs: usize,
+    pub tiles: Tiles,
+    /// Its first tile, counted over the block.
+    pub first: usize,
 }
 
-/// Transforms the sums of a group of panels into outputs, finishes and stores them.
+/// The map of the outputs.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) struct Outputs {
+    pub height: usize,
+    pub width: usize,
+    pub channels: usize,
+}
+
+/// Transforms the sums (N · N, `all` tiles, panels · PANEL) of a group of panels into a segment's outputs,
+/// finishes and stores them.
 #[inline(always)]
-pub(in crate::ops) fn transform_outputs<S: Simd, E: Element, const N: usize>(
+pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize>(
     simd: S,
     sums: &[f32],
-    tiles: Tiles,
-    (panel, count): (usize, usize),
-    window: Window,
+    all: usize,
+    segment: Segment,
+    group: &Range<usize>,
+    outputs: Outputs,
     finish: &Finish<'_, E>,
     output: &Shared<'_, E>,
 ) {
     let step = N - 2;
-    let Window { row, top, left, height, width, outputs } = window;
-    assert!((row + 1) * height * width * outputs <= output.len(), "the output is too short");
-    assert!(sums.len() >= N * N * tiles.count() * count * PANEL, "room for the sums");
-    assert_eq!(finish.outputs, outputs, "outputs of a product");
+    let Segment { row, top, left, tiles, first } = segment;
+    let Outputs { height, width, channels } = outputs;
+    let columns = group.len() * PANEL;
+    assert!((row + 1) * height * width * channels <= output.len(), "the output is too short");
+    assert!(sums.len() >= N * N * all * columns && first + tiles.count() <= all, "room for the sums");
+    assert_eq!(finish.outputs, channels, "outputs of a product");
     finish.check(row, output.len());
     for tile in 0..tiles.count() {
         let (y, x) = (top + tile / tiles.across * step, left + tile % tiles.across * step);
-        for vector in 0..count * PANEL / S::LANES {
-            let first = panel * PANEL + vector * S::LANES;
-            if first >= outputs {
+        for vector in 0..columns / S::LANES {
+            let channel = group.start * PANEL + vector * S::LANES;
+            if channel >= channels {
                 break;
             }
-            let lanes = S::LANES.min(outputs - first);
+            let lanes = S::LANES.min(channels - channel);
             let mut lines = [[simd.splat(0.0); 4]; N];
             for (place, line) in lines.iter_mut().enumerate() {
                 let values: [S::F32; N] = std::array::from_fn(|at| {
-                    let from = ((place * N + at) * tiles.count() + tile) * count * PANEL + vector * S::LANES;
-                    // SAFETY: within (N · N, tiles, count · PANEL).
+                    let from = ((place * N + at) * all + first + tile) * columns + vector * S::LANES;
+                    // SAFETY: within (N · N, tiles, panels · PANEL).
                     unsafe { simd.load(sums.as_ptr().add(from)) }
                 });
                 *line = output_line(simd, values);
@@ -238,10 +280,10 @@ pub(in crate::ops) fn transform_outputs<S: Simd, E: Element, const N: usize>(
             for across in 0..step.min(width - x) {
                 let column = output_line(simd, column(&lines, across));
                 for (down, value) in column.into_iter().enumerate().take(step.min(height - y)) {
-                    let target = ((row * height + y + down) * width + x + across) * outputs;
+                    let target = ((row * height + y + down) * width + x + across) * channels;
                     // SAFETY: within this row's map, and `check` saw to what is added.
                     unsafe {
-                        finish.store(simd, value, output.at(target + first), (row, first, target, lanes));
+                        finish.store(simd, value, output.at(target + channel), (row, channel, target, lanes));
                     }
                 }
             }

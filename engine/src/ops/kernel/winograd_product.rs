@@ -1,0 +1,165 @@
+//! The products between minimal filtering's transforms: at each place of a patch, all tiles of a block
+//! times the weight's panels.
+
+use std::ops::Range;
+
+use super::element::Element;
+use super::isa::Kernel;
+use super::panels::{PANEL, Panels};
+use super::product::Finish;
+use super::simd::Simd;
+use super::tile::{Piece, Strip};
+use super::winograd::{
+    Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights, weights_stride,
+};
+use crate::ops::shared::Shared;
+
+/// Panels of outputs whose sums are kept until they are transformed.
+const GROUP: usize = 3;
+
+/// The right factors of a patch's places.
+#[derive(Clone, Copy)]
+pub(in crate::ops) enum Factors<'a> {
+    /// Transformed before: one (inputs, outputs) for each place.
+    Ready(&'a [Panels]),
+    /// A convolution's own weight (9 · inputs, outputs), transformed on the way: for some hundredths more
+    /// time not 4 times, but once in memory.
+    Plain(&'a Panels),
+}
+
+impl Factors<'_> {
+    fn any(&self) -> &Panels {
+        match self {
+            Self::Ready(parts) => &parts[0],
+            Self::Plain(weight) => weight,
+        }
+    }
+
+    /// Inner positions, padded to whole `DEPTH`s.
+    pub fn inner(&self) -> usize {
+        match self {
+            Self::Ready(parts) => parts[0].inner(),
+            Self::Plain(weight) => weight.inner() / 9,
+        }
+    }
+
+    pub fn outputs(&self) -> usize {
+        self.any().outputs()
+    }
+}
+
+/// Transforms a segment's patches.
+pub(in crate::ops) struct Patches<'a, E, const N: usize> {
+    pub area: &'a [E],
+    pub channels: usize,
+    pub tiles: Tiles,
+    /// The segment's first tile in the block, and the block's tiles.
+    pub place: (usize, usize),
+    pub to: &'a mut [E],
+}
+
+impl<E: Element, const N: usize> Kernel for Patches<'_, E, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        transform_patches::<S, E, N>(simd, self.area, self.channels, self.tiles, self.place, self.to);
+    }
+}
+
+/// A block of tiles times panels, on one thread.
+pub(in crate::ops) struct Block<'a, E, const N: usize> {
+    /// Transformed, of all tiles.
+    pub patches: &'a [E],
+    pub tiles: usize,
+    pub segments: &'a [Segment],
+    pub factors: Factors<'a>,
+    pub panels: Range<usize>,
+    /// Room for [`weights_len`] values.
+    pub weights: &'a mut [E],
+    /// Room for [`sums_len`] values.
+    pub sums: &'a mut [f32],
+    pub outputs: Outputs,
+    pub finish: &'a Finish<'a, E>,
+    pub output: &'a Shared<'a, E>,
+}
+
+/// Values that a block's sums take.
+pub(in crate::ops) const fn sums_len<const N: usize>(tiles: usize) -> usize {
+    N * N * tiles * GROUP * PANEL
+}
+
+/// Values that a block's transformed weights take.
+pub(in crate::ops) const fn weights_len<E: Element, const N: usize>(factors: Factors<'_>) -> usize {
+    match factors {
+        Factors::Ready(_) => 0,
+        Factors::Plain(_) => N * N * weights_stride(GROUP, chunk::<E>()),
+    }
+}
+
+impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        for start in self.panels.clone().step_by(GROUP) {
+            let group = start..self.panels.end.min(start + GROUP);
+            for chunk in chunks::<E>(self.factors.inner()) {
+                self.multiply(simd, &group, &chunk);
+            }
+            for segment in self.segments {
+                let Self { tiles, outputs, finish, output, .. } = self;
+                transform_outputs::<S, E, N>(simd, self.sums, tiles, *segment, &group, outputs, finish, output);
+            }
+        }
+    }
+}
+
+impl<E: Element, const N: usize> Block<'_, E, N> {
+    /// Adds the products of the inner positions `chunk` to the sums of `group`: (N · N, tiles, panels ·
+    /// PANEL). The first chunk starts them.
+    #[inline(always)]
+    fn multiply<S: Simd>(&mut self, simd: S, group: &Range<usize>, chunk: &Range<usize>) {
+        let (tiles, inner, per_panel) = (self.tiles, self.factors.inner(), PANEL / S::LANES);
+        let (vectors, columns) = (group.len() * per_panel, group.len() * PANEL);
+        assert_eq!(self.patches.len(), N * N * tiles * inner, "size of transformed patches");
+        assert!(self.sums.len() >= N * N * tiles * columns, "room for the sums");
+        if let Factors::Plain(weight) = self.factors {
+            transform_weights::<S, E, N>(simd, weight, inner, group, chunk, self.weights);
+        }
+        let width = vectors.div_ceil(vectors.div_ceil(S::TILE.1));
+        for place in 0..N * N {
+            // The place's factors, their inner positions, the first vector and step among them.
+            let (right, of, first, step) = match self.factors {
+                Factors::Ready(parts) => {
+                    let part = &parts[place];
+                    assert!(part.inner() == inner && group.end * inner * PANEL <= part.values::<E>().len(), "a factor");
+                    (part.values::<E>(), inner, group.start * per_panel, chunk.start / E::DEPTH)
+                }
+                Factors::Plain(_) => {
+                    (&self.weights[place * weights_stride(group.len(), chunk.len())..], chunk.len(), 0, 0)
+                }
+            };
+            let pieces = [Piece { left: 0, first: step, steps: chunk.len() / E::DEPTH }];
+            for vector in (0..vectors).step_by(width) {
+                let strip = Strip {
+                    left: self.patches[(place * inner + chunk.start) * tiles..].as_ptr(),
+                    left_stride: chunk.len(),
+                    positions: tiles,
+                    right: right.as_ptr(),
+                    inner: of,
+                    vector: first + vector,
+                    vectors: width.min(vectors - vector),
+                    pieces: &pieces,
+                    sums: self.sums[place * tiles * columns + vector * S::LANES..].as_mut_ptr(),
+                    sums_stride: columns,
+                    go_on: chunk.start > 0,
+                };
+                // SAFETY: the asserts saw to the patches, the factors and the room for the sums.
+                unsafe {
+                    strip.run(simd);
+                }
+            }
+        }
+    }
+}
