@@ -7,6 +7,7 @@ use super::portable::Portable;
 use super::simd::Simd;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2::Avx2, avx512::Avx512, avx512::Avx512Bf16};
+use crate::{Error, Result};
 
 /// An instruction set that there are kernels for, slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,17 +24,39 @@ pub(crate) enum Isa {
     Amx,
 }
 
+/// The environment variable that names the best instruction set to use, to see what a lesser machine does.
+const LIMIT: &str = "ENGINE_INSTRUCTIONS";
+
 impl Isa {
-    /// The best one of this processor; asked for once.
+    const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
+
+    /// The best one of this processor that the environment allows; asked for once.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
     }
 
-    /// All that this processor can run, slowest first.
+    /// All that this processor can run and the environment allows, slowest first.
     pub fn available() -> Vec<Self> {
-        let all = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
-        all.into_iter().take_while(|isa| isa.is_available()).collect()
+        let limit = Self::limit().unwrap_or(Self::Amx);
+        Self::ALL.into_iter().take_while(|isa| *isa <= limit && isa.is_available()).collect()
+    }
+
+    /// The best one that the environment allows.
+    ///
+    /// # Errors
+    /// [`crate::Error::Request`] for a word that stands for none.
+    pub fn limit() -> Result<Self> {
+        match std::env::var_os(LIMIT) {
+            Some(word) if !word.is_empty() => Self::parse(&word.to_string_lossy()),
+            _ => Ok(Self::Amx),
+        }
+    }
+
+    fn parse(word: &str) -> Result<Self> {
+        let words = || Self::ALL.map(Self::as_str).join(", ");
+        let known = Self::ALL.into_iter().find(|isa| isa.as_str() == word);
+        known.ok_or_else(|| Error::request(LIMIT, format!("one of {}", words()), word))
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -112,4 +135,18 @@ pub(in crate::ops) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
 #[cfg(not(target_arch = "x86_64"))]
 pub(in crate::ops) fn dispatch<K: Kernel>(_isa: Isa, kernel: K) -> K::Output {
     kernel.run(Portable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_one_of_the_words_or_refused() {
+        for isa in Isa::ALL {
+            assert_eq!(Isa::parse(isa.as_str()).unwrap(), isa);
+        }
+        let refusal = Isa::parse("sse2").unwrap_err().to_string();
+        assert!(refusal.contains("ENGINE_INSTRUCTIONS") && refusal.contains("avx2") && refusal.contains("sse2"));
+    }
 }
