@@ -108,6 +108,18 @@ impl Device {
         }
     }
 
+    /// In how many parts the rows of a pass are best computed side by side, by a model with so many bytes of
+    /// weights. The processor's threads share each operation of a large model, whose weights are then read
+    /// once for all of them. Those of a small one stay in caches, but its operations are over before other
+    /// threads have woken up: there each thread takes rows of its own through the whole model.
+    pub(crate) fn parts(&self, weight_bytes: usize) -> usize {
+        const SMALL: usize = 64 << 20;
+        match self.choice {
+            DeviceChoice::Cpu if weight_bytes <= SMALL => rayon::current_num_threads(),
+            _ => 1,
+        }
+    }
+
     /// The device for tensors.
     pub(crate) fn tensors(&self) -> &candle_core::Device {
         &self.inner

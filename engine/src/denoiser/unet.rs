@@ -15,6 +15,8 @@ use crate::weights::Weights;
 /// A denoiser that takes one timestep per row.
 pub(crate) struct UNet {
     pub config: UNetConfig,
+    /// Bytes of its weights in the checkpoint.
+    pub weight_bytes: usize,
     place: Place,
     conv_in: Conv2d,
     time_embedding: TimestepEmbedding,
@@ -35,6 +37,7 @@ impl UNet {
         let (levels, outer) = (config.levels.len(), config.levels[0].channels);
         let same = ConvShape::same;
         let unet = Self {
+            weight_bytes: weights.bytes(),
             place: place.clone(),
             conv_in: root.at("conv_in").conv2d(
                 config.in_channels,

@@ -70,13 +70,18 @@ pub(super) struct Call<'a, E> {
     pub placing: Placing,
 }
 
-/// The panels of `outputs` in about `wanted` parts for as many threads; gates stay with their values.
+/// The panels of `outputs` in at most `wanted` parts of about one size; gates stay with their values.
 pub(super) fn slices(outputs: usize, wanted: usize, then: Then) -> Vec<Range<usize>> {
     let panels = outputs.div_ceil(PANEL);
-    // Parts of whole groups: panels that the kernel sums together.
-    let unit = if then == Then::Gate { 2 } else { 3 };
-    let units = panels.div_ceil(unit);
-    let size = units.div_ceil(wanted.clamp(1, units.max(1))) * unit;
+    // Alone, a panel would leave half of the registers unused.
+    let count = wanted.clamp(1, panels.div_ceil(2).max(1));
+    let unit = match then {
+        Then::Gate => 2,
+        // Whole groups, as the kernel sums them, where there are enough for like parts.
+        _ if panels >= 6 * count => 3,
+        _ => 1,
+    };
+    let size = panels.div_ceil(unit).div_ceil(count) * unit;
     (0..panels).step_by(size.max(1)).map(|start| start..panels.min(start + size)).collect()
 }
 

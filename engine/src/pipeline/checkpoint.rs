@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use image::RgbImage;
+use rayon::prelude::*;
 use serde_json::json;
 
 use super::picture;
@@ -155,7 +156,15 @@ impl Checkpoint {
     /// One denoiser call over these model rows; `shape` is one latent's (channels, height, width). One
     /// output per row, on the host.
     pub(super) fn denoise(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
-        self.device.run(|| self.denoise_rows(rows, shape))
+        let parts = self.device.parts(self.unet.weight_bytes).min(rows.len());
+        if parts <= 1 {
+            return self.device.run(|| self.denoise_rows(rows, shape));
+        }
+        // Rows do not depend on each other: how they are cut never shows.
+        let side_by_side = rows.par_chunks(rows.len().div_ceil(parts));
+        let outputs =
+            self.device.run(|| side_by_side.map(|rows| self.denoise_rows(rows, shape)).collect::<Result<Vec<_>>>())?;
+        Ok(outputs.into_iter().flatten().collect())
     }
 
     fn denoise_rows(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {

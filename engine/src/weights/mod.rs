@@ -69,6 +69,7 @@ impl Weights {
         // truncated while it is being loaded; it is unmapped once the part is built.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(|error| refuse(error.to_string()))?;
+        prefetch(&map);
         let tensors = SafeTensors::deserialize(&map)
             .map_err(|error| refuse(format!("is not a complete safetensors file: {error}")))?;
         for (name, view) in tensors.iter() {
@@ -91,6 +92,11 @@ impl Weights {
     /// Whether there is a tensor of this full name.
     pub fn contains(&self, name: &str) -> bool {
         self.stored.contains_key(name)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.stored.values().map(|stored| stored.bytes.len()).sum()
     }
 
     /// Ends the construction: an error naming every tensor that was missing or misshapen, or that
@@ -168,6 +174,18 @@ impl Weights {
         }
     }
 }
+
+/// Tells the system that all of the map will be read: on a cold start the disk then works ahead of the
+/// packing.
+#[cfg(unix)]
+fn prefetch(map: &Mmap) {
+    if let Err(error) = map.advise(memmap2::Advice::WillNeed) {
+        tracing::debug!(%error, "the system does not read a weight file ahead");
+    }
+}
+
+#[cfg(not(unix))]
+fn prefetch(_map: &Mmap) {}
 
 /// Tells the system that these bytes of the map have been read, so that they stop counting as this
 /// process's memory.

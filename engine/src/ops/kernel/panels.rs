@@ -131,9 +131,20 @@ impl<E: Element> Kernel for Narrow<'_, E> {
 
 /// Lays [`PANEL`] columns, `stride` apart, side by side: `DEPTH` values of each in turn.
 fn interleave<E: Element>(columns: &[E], stride: usize, to: &mut [E]) {
-    for (step, line) in to.chunks_exact_mut(PANEL * E::DEPTH).enumerate() {
-        for (lane, values) in line.chunks_exact_mut(E::DEPTH).enumerate() {
-            values.copy_from_slice(&columns[lane * stride + step * E::DEPTH..][..E::DEPTH]);
+    /// Steps at a time, so that of each column a whole line of the cache is read at once: columns often lie
+    /// a multiple of 4 KiB apart and push each other out.
+    const STEPS: usize = 16;
+    const { assert!(E::DEPTH <= 2) };
+    let mut block = [[E::default(); 2 * STEPS]; PANEL];
+    for (index, lines) in to.chunks_mut(STEPS * PANEL * E::DEPTH).enumerate() {
+        let len = lines.len() / PANEL;
+        for (lane, values) in block.iter_mut().enumerate() {
+            values[..len].copy_from_slice(&columns[lane * stride + index * STEPS * E::DEPTH..][..len]);
+        }
+        for (step, line) in lines.chunks_exact_mut(PANEL * E::DEPTH).enumerate() {
+            for (to, values) in line.chunks_exact_mut(E::DEPTH).zip(&block) {
+                to.copy_from_slice(&values[step * E::DEPTH..][..E::DEPTH]);
+            }
         }
     }
 }

@@ -81,6 +81,13 @@ pub(in crate::ops) fn sums_len(positions: usize) -> usize {
     positions * GROUP * PANEL
 }
 
+/// `panels` in as few groups of at most `most` as there can be, of about one size.
+pub(super) fn groups(panels: &Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (end, count) = (panels.end, panels.len().div_ceil(most).max(1));
+    let size = panels.len().div_ceil(count).max(1);
+    panels.clone().step_by(size).map(move |start| start..end.min(start + size))
+}
+
 /// Steps of a chunk, a multiple of [`CUT`].
 fn chunk_steps<E: Element>() -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -304,12 +311,9 @@ impl<E: Element> Kernel for Block<'_, E> {
         }
         self.check();
         let group = if self.finish.then == Then::Gate { 2 } else { GROUP };
-        let mut start = self.panels.start;
-        while start < self.panels.end {
-            let panels = start..self.panels.end.min(start + group);
-            self.sum(simd, &panels);
-            self.store(simd, &panels);
-            start += group;
+        for group in groups(&self.panels, group) {
+            self.sum(simd, &group);
+            self.store(simd, &group);
         }
     }
 }

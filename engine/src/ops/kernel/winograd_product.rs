@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::element::Element;
 use super::isa::Kernel;
 use super::panels::{PANEL, Panels};
-use super::product::Finish;
+use super::product::{Finish, groups};
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use super::winograd::{
@@ -102,8 +102,7 @@ impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        for start in self.panels.clone().step_by(GROUP) {
-            let group = start..self.panels.end.min(start + GROUP);
+        for group in groups(&self.panels, GROUP) {
             for chunk in chunks::<E>(self.factors.inner()) {
                 self.multiply(simd, &group, &chunk);
             }

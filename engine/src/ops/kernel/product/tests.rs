@@ -326,3 +326,18 @@ fn what_does_not_fit_is_refused_before_anything_is_read_or_written() {
     let run = || data.compute(Isa::best(), &case, &data.lines, 0..4);
     assert!(catch_unwind(AssertUnwindSafe(run)).is_err(), "panels");
 }
+
+#[test]
+fn groups_cover_all_panels_and_are_of_about_one_size() {
+    for (start, len) in (0..3).flat_map(|start| (0..30).map(move |len| (start, len))) {
+        for most in [1, 2, 3] {
+            let groups: Vec<_> = groups(&(start..start + len), most).collect();
+            assert!(groups.iter().cloned().flatten().eq(start..start + len), "{len} panels");
+            assert_eq!(groups.len(), len.div_ceil(most));
+            assert!(groups.iter().all(|group| group.len() <= most));
+        }
+        // Four panels are two and two: one alone would leave registers unused.
+        let lone = groups(&(start..start + len), 3).filter(|group| group.len() == 1).count();
+        assert!(lone == 0 || len % 3 == 1 && len != 4, "{len} panels");
+    }
+}
