@@ -5,7 +5,6 @@ use std::str::FromStr;
 
 use candle_core::DType;
 
-use crate::ops::Isa;
 use crate::{Error, Result};
 
 /// Which device to open, as a flag or configuration names it.
@@ -70,14 +69,11 @@ impl Device {
     /// Opens a device.
     ///
     /// # Errors
-    /// [`Error::Request`] if this build has no support for it, or if the environment's
-    /// `ENGINE_INSTRUCTIONS` is no instruction set; [`Error::Device`] if it cannot be opened.
+    /// [`Error::Request`] if this build has no support for it, [`Error::Device`] if it cannot be
+    /// opened.
     pub fn open(choice: DeviceChoice) -> Result<Self> {
         let inner = match choice {
-            DeviceChoice::Cpu => {
-                Isa::limit()?;
-                candle_core::Device::Cpu
-            }
+            DeviceChoice::Cpu => candle_core::Device::Cpu,
             DeviceChoice::Cuda(_) if !candle_core::utils::cuda_is_available() => {
                 return Err(Error::request("device", "one that this build supports (feature `cuda` is off)", choice));
             }

@@ -20,6 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OURS = "kiln"
+# How the libraries below torch call the instruction sets that we can be kept to.
+LIMITS = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
 VECTORS = ["amx_bf16", "avx512_bf16", "avx512f", "avx2"]
 
 
@@ -36,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of --part picture")
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
     parser.add_argument("--threads", type=int, default=2, help="of either side")
+    parser.add_argument("--instructions", choices=list(LIMITS), help="keep both sides to a lesser processor's")
     parser.add_argument("--no-pictures", action="store_true", help="do not compare what comes out")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     args = parser.parse_args()
@@ -85,6 +88,7 @@ def ours(args, precision: str, part: str, **more) -> Side:
     command = [
         args.kiln, "bench", "engine", "--on-demand", "--model", args.checkpoint, "--dtype", precision, "--part", part, "--size", args.size,
         "--batch", more.get("batch", args.batch), "--steps", more.get("steps", args.steps), *(["--out", more["out"]] if "out" in more else []),
+        *(["--instructions", args.instructions] if args.instructions else []),
     ]
     return Side(OURS, command, {"RAYON_NUM_THREADS": str(args.threads)})
 
@@ -95,7 +99,7 @@ def theirs(args, precision: str, part: str, layout: str, **more) -> Side:
         "--part", part, "--size", args.size, "--batch", more.get("batch", args.batch), "--steps", more.get("steps", args.steps),
         "--threads", args.threads, *(["--out", more["out"]] if "out" in more else []),
     ]
-    return Side(f"diffusers {layout}", command)
+    return Side(f"diffusers {layout}", command, LIMITS.get(args.instructions))
 
 
 def compare(args, precision: str, part: str) -> dict:

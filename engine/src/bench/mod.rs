@@ -19,3 +19,12 @@ pub use latent::noise_latents;
 pub fn instructions() -> &'static str {
     crate::ops::Isa::best().as_str()
 }
+
+/// Keeps this process to the instructions called `word`, as [`instructions`] calls them: what does a lesser
+/// machine do? To be called before anything is computed.
+///
+/// # Errors
+/// [`crate::Error::Request`] for a word that stands for none, or once kernels have been chosen.
+pub fn limit_instructions(word: &str) -> crate::Result<()> {
+    crate::ops::Isa::limit(word)
+}

@@ -85,7 +85,7 @@ impl Conv2d {
                 let packed = if filters_transformed(format, kernel, shape, inputs * outputs) {
                     Packed::Filtered(winograd::transformed(weight, outputs, inputs)?)
                 } else {
-                    Packed::Windows(pack(format, weight, outputs, inputs, kernel_height * kernel_width)?)
+                    Packed::Windows(pack_windows(format, weight, outputs, inputs, kernel_height * kernel_width)?)
                 };
                 Weight::Host { packed, bias: bias.map(|bias| bias.values()) }
             }
@@ -159,7 +159,13 @@ impl Conv2d {
 }
 
 /// A weight (outputs, inputs, taps) with its inner positions as windows have them: taps, then inputs.
-fn pack(format: Format, weight: &Parameter<'_>, outputs: usize, inputs: usize, taps: usize) -> Result<Panels> {
+pub(super) fn pack_windows(
+    format: Format,
+    weight: &Parameter<'_>,
+    outputs: usize,
+    inputs: usize,
+    taps: usize,
+) -> Result<Panels> {
     let pixel = match format {
         Format::F32 => inputs.next_multiple_of(f32::DEPTH),
         Format::Bf16 => inputs.next_multiple_of(bf16::DEPTH),

@@ -116,7 +116,6 @@ impl<E: Element> Call<'_, E> {
     fn block<const N: usize>(&self, segments: &[Segment], panels: Range<usize>, output: &Shared<'_, E>) -> Result<()> {
         let Map { height, width, .. } = self.map;
         let (factors, inner) = (self.factors, self.factors.inner());
-        let outputs = Outputs { height, width, channels: factors.outputs() };
         let tiles = segments.iter().map(|segment| segment.tiles.count()).sum();
         with_scratch(N * N * tiles * inner, |patches: &mut [E]| {
             for segment in segments {
@@ -124,19 +123,8 @@ impl<E: Element> Call<'_, E> {
             }
             with_scratch(weights_len::<E, N>(factors), |weights| {
                 with_scratch(sums_len::<N>(tiles), |sums| {
-                    let finish = self.finish;
-                    let block = Block::<_, N> {
-                        patches,
-                        tiles,
-                        segments,
-                        factors,
-                        panels,
-                        weights,
-                        sums,
-                        outputs,
-                        finish,
-                        output,
-                    };
+                    let outputs = Outputs { height, width, finish: self.finish, values: output };
+                    let block = Block::<_, N> { patches, tiles, segments, factors, panels, weights, sums, outputs };
                     dispatch(Isa::best(), block);
                 })
             })?

@@ -24,39 +24,40 @@ pub(crate) enum Isa {
     Amx,
 }
 
-/// The environment variable that names the best instruction set to use, to see what a lesser machine does.
-const LIMIT: &str = "ENGINE_INSTRUCTIONS";
+/// The best instruction set to use, if not the processor's.
+static LIMIT: OnceLock<Isa> = OnceLock::new();
+static BEST: OnceLock<Isa> = OnceLock::new();
 
 impl Isa {
     const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
-    /// The best one of this processor that the environment allows; asked for once.
+    /// The best one of this processor within the limit; asked for once.
     pub fn best() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
     }
 
-    /// All that this processor can run and the environment allows, slowest first.
+    /// All that this processor can run within the limit, slowest first.
     pub fn available() -> Vec<Self> {
-        let limit = Self::limit().unwrap_or(Self::Amx);
+        let limit = *LIMIT.get().unwrap_or(&Self::Amx);
         Self::ALL.into_iter().take_while(|isa| *isa <= limit && isa.is_available()).collect()
     }
 
-    /// The best one that the environment allows.
+    /// Keeps the process to the instructions called `word`, to see what a lesser machine does.
     ///
     /// # Errors
-    /// [`crate::Error::Request`] for a word that stands for none.
-    pub fn limit() -> Result<Self> {
-        match std::env::var_os(LIMIT) {
-            Some(word) if !word.is_empty() => Self::parse(&word.to_string_lossy()),
-            _ => Ok(Self::Amx),
+    /// [`crate::Error::Request`] for a word that stands for none, or once kernels have been chosen.
+    pub fn limit(word: &str) -> Result<()> {
+        let limit = Self::parse(word)?;
+        if BEST.get().is_some() || LIMIT.set(limit).is_err() {
+            return Err(Error::request("instructions", "chosen once, before anything is computed", word));
         }
+        Ok(())
     }
 
     fn parse(word: &str) -> Result<Self> {
         let words = || Self::ALL.map(Self::as_str).join(", ");
         let known = Self::ALL.into_iter().find(|isa| isa.as_str() == word);
-        known.ok_or_else(|| Error::request(LIMIT, format!("one of {}", words()), word))
+        known.ok_or_else(|| Error::request("instructions", format!("one of {}", words()), word))
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -147,6 +148,6 @@ mod tests {
             assert_eq!(Isa::parse(isa.as_str()).unwrap(), isa);
         }
         let refusal = Isa::parse("sse2").unwrap_err().to_string();
-        assert!(refusal.contains("ENGINE_INSTRUCTIONS") && refusal.contains("avx2") && refusal.contains("sse2"));
+        assert!(refusal.contains("instructions") && refusal.contains("avx2") && refusal.contains("sse2"));
     }
 }

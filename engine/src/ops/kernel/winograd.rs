@@ -192,8 +192,9 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
                 for (x, column) in down.iter_mut().enumerate() {
                     *column = weight_line(simd, [taps[x], taps[3 + x], taps[6 + x]]);
                 }
-                for y in 0..N {
-                    let line: [S::F32; N] = weight_line(simd, [down[0][y], down[1][y], down[2][y]]);
+                let [left, middle, right] = down;
+                for (y, ((left, middle), right)) in left.into_iter().zip(middle).zip(right).enumerate() {
+                    let line: [S::F32; N] = weight_line(simd, [left, middle, right]);
                     for (x, value) in line.into_iter().enumerate() {
                         let at = (y * N + x) * stride + (index * steps + step) * PANEL + lane;
                         // SAFETY: within (N · N, panels, positions, PANEL).
@@ -231,12 +232,14 @@ pub(in crate::ops) struct Segment {
     pub first: usize,
 }
 
-/// The map of the outputs.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::ops) struct Outputs {
+/// Where outputs go, and what is done to them before.
+pub(in crate::ops) struct Outputs<'a, E> {
+    /// Of a row's map.
     pub height: usize,
     pub width: usize,
-    pub channels: usize,
+    pub finish: &'a Finish<'a, E>,
+    /// All rows' maps.
+    pub values: &'a Shared<'a, E>,
 }
 
 /// Transforms the sums (N · N, `all` tiles, panels · PANEL) of a group of panels into a segment's outputs,
@@ -248,17 +251,15 @@ pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize>(
     all: usize,
     segment: Segment,
     group: &Range<usize>,
-    outputs: Outputs,
-    finish: &Finish<'_, E>,
-    output: &Shared<'_, E>,
+    outputs: &Outputs<'_, E>,
 ) {
     let step = N - 2;
     let Segment { row, top, left, tiles, first } = segment;
-    let Outputs { height, width, channels } = outputs;
+    let &Outputs { height, width, finish, values: output } = outputs;
+    let channels = finish.outputs;
     let columns = group.len() * PANEL;
     assert!((row + 1) * height * width * channels <= output.len(), "the output is too short");
     assert!(sums.len() >= N * N * all * columns && first + tiles.count() <= all, "room for the sums");
-    assert_eq!(finish.outputs, channels, "outputs of a product");
     finish.check(row, output.len());
     for tile in 0..tiles.count() {
         let (y, x) = (top + tile / tiles.across * step, left + tile % tiles.across * step);

@@ -6,13 +6,12 @@ use std::ops::Range;
 use super::element::Element;
 use super::isa::Kernel;
 use super::panels::{PANEL, Panels};
-use super::product::{Finish, groups};
+use super::product::groups;
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use super::winograd::{
     Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights, weights_stride,
 };
-use crate::ops::shared::Shared;
 
 /// Panels of outputs whose sums are kept until they are transformed.
 const GROUP: usize = 3;
@@ -79,9 +78,7 @@ pub(in crate::ops) struct Block<'a, E, const N: usize> {
     pub weights: &'a mut [E],
     /// Room for [`sums_len`] values.
     pub sums: &'a mut [f32],
-    pub outputs: Outputs,
-    pub finish: &'a Finish<'a, E>,
-    pub output: &'a Shared<'a, E>,
+    pub outputs: Outputs<'a, E>,
 }
 
 /// Values that a block's sums take.
@@ -102,13 +99,13 @@ impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
+        assert_eq!(self.factors.outputs(), self.outputs.finish.outputs, "outputs of a product");
         for group in groups(&self.panels, GROUP) {
             for chunk in chunks::<E>(self.factors.inner()) {
                 self.multiply(simd, &group, &chunk);
             }
             for segment in self.segments {
-                let Self { tiles, outputs, finish, output, .. } = self;
-                transform_outputs::<S, E, N>(simd, self.sums, tiles, *segment, &group, outputs, finish, output);
+                transform_outputs::<S, E, N>(simd, self.sums, self.tiles, *segment, &group, &self.outputs);
             }
         }
     }
@@ -162,3 +159,6 @@ impl<E: Element, const N: usize> Block<'_, E, N> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,9 @@ pub struct EngineArgs {
     /// f32, f16 or bf16 [default: the configuration's worker.dtype, then f32 on a CPU, bf16 on a GPU]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
+    /// Use at best these, to see what a lesser processor does: portable, avx2, avx512, avx512-bf16, amx-bf16
+    #[arg(long, value_name = "NAME")]
+    pub instructions: Option<String>,
     /// Width and height of the pictures in pixels [default: the checkpoint's]
     #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..=16_384))]
     pub size: Option<u32>,

@@ -58,6 +58,9 @@ pub async fn run(mut config: Config, args: EngineArgs, stop: CancellationToken) 
 fn measure(config: &Config, args: &EngineArgs) -> Result<()> {
     // Before anything runs, so that the load is other people's.
     let machine = Machine::look();
+    if let Some(word) = &args.instructions {
+        ::engine::bench::limit_instructions(word)?;
+    }
     let (device, precision) = worker::open_device(&config.worker)?;
     if args.on_demand {
         return on_demand::serve(args, &device, precision);

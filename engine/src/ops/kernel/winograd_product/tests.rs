@@ -1,0 +1,90 @@
+use half::bf16;
+
+use super::*;
+use crate::ops::conv::ConvShape;
+use crate::ops::kernel::isa::{Isa, dispatch};
+use crate::ops::kernel::product::{Finish, Then};
+use crate::ops::reference::{self, parameter, tensor_at};
+use crate::ops::shared::Shared;
+use crate::ops::tensor::Place;
+use crate::ops::winograd;
+
+/// Maps (rows, height, width, channels) and their outputs: odd sizes, more than one chunk and group.
+const CASES: [([usize; 4], usize); 4] =
+    [([1, 1, 1, 2], 1), ([2, 4, 5, 6], 17), ([2, 7, 9, 70], 50), ([1, 9, 6, 330], 65)];
+
+/// All rows of `x`, (rows, height, width, inner) with zeros for channels that are not there, as one block.
+fn filter<E: Element, const N: usize>(
+    isa: Isa,
+    x: &[E],
+    [rows, height, width, inner]: [usize; 4],
+    factors: Factors<'_>,
+    bias: &[f32],
+) -> Vec<E> {
+    let tiles = Tiles { down: height.div_ceil(N - 2), across: width.div_ceil(N - 2) };
+    let all = rows * tiles.count();
+    let mut patches = vec![E::default(); N * N * all * inner];
+    let segment = |row| Segment { row, top: 0, left: 0, tiles, first: row * tiles.count() };
+    let segments: Vec<Segment> = (0..rows).map(segment).collect();
+    let area_width = tiles.across * (N - 2) + 2;
+    for Segment { row, first, .. } in &segments {
+        let mut area = vec![E::default(); (tiles.down * (N - 2) + 2) * area_width * inner];
+        for (y, x_line) in x[row * height * width * inner..].chunks_exact(width * inner).take(height).enumerate() {
+            area[((y + 1) * area_width + 1) * inner..][..width * inner].copy_from_slice(x_line);
+        }
+        let (channels, place) = (inner, (*first, all));
+        dispatch(isa, Patches::<E, N> { area: &area, channels, tiles, place, to: &mut patches });
+    }
+    let outputs = factors.outputs();
+    let mut output = vec![E::default(); rows * height * width * outputs];
+    let finish = Finish { outputs, bias: Some(bias), per_row: None, residual: None, then: Then::Nothing };
+    let (mut weights, mut sums) = (vec![E::default(); weights_len::<E, N>(factors)], vec![0.0; sums_len::<N>(all)]);
+    let values = Shared::new(&mut output);
+    let block = Block::<E, N> {
+        patches: &patches,
+        tiles: all,
+        segments: &segments,
+        factors,
+        panels: 0..outputs.div_ceil(PANEL),
+        weights: &mut weights,
+        sums: &mut sums,
+        outputs: Outputs { height, width, finish: &finish, values: &values },
+    };
+    dispatch(isa, block);
+    output
+}
+
+#[test]
+fn a_weight_transformed_on_the_way_gives_the_definition_on_every_instruction_set() {
+    let place = Place::host();
+    for (dims, outputs) in CASES {
+        let weight_dims = [outputs, dims[3], 3, 3];
+        let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([outputs], 3));
+        let (_, expected) =
+            reference::convolution(&x, (&weight.values(), weight_dims), &bias.values(), ConvShape::same(3));
+        let packed =
+            crate::ops::conv::pack_windows(crate::ops::buffer::Format::F32, &weight, outputs, dims[3], 9).unwrap();
+        for isa in Isa::available() {
+            let got = filter::<f32, 6>(isa, &reference::values(&x), dims, Factors::Plain(&packed), &bias.values());
+            reference::assert_close(&got, &expected, reference::tolerance(&place));
+        }
+    }
+}
+
+#[test]
+fn weights_transformed_before_give_the_definition_on_every_instruction_set() {
+    let place = reference::places().into_iter().find(|place| place.dtype() == candle_core::DType::BF16).unwrap();
+    for (dims, outputs) in CASES {
+        let weight_dims = [outputs, dims[3], 3, 3];
+        let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([outputs], 3));
+        let seen = reference::weight_values(&weight, &place);
+        let (_, expected) = reference::convolution(&x, (&seen, weight_dims), &bias.values(), ConvShape::same(3));
+        let parts = winograd::transformed(&weight, outputs, dims[3]).unwrap();
+        let values: Vec<bf16> = reference::values(&x).into_iter().map(bf16::from_f32).collect();
+        for isa in Isa::available() {
+            let got = filter::<bf16, 4>(isa, &values, dims, Factors::Ready(&parts), &bias.values());
+            let got: Vec<f32> = got.into_iter().map(bf16::to_f32).collect();
+            reference::assert_close(&got, &expected, reference::tolerance(&place));
+        }
+    }
+}
