@@ -10,6 +10,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -23,7 +24,7 @@ const NAMES_SHOWN: usize = 8;
 /// The tensors of one part of a checkpoint (its text encoder, denoiser or VAE).
 pub(crate) struct Weights {
     folder: PathBuf,
-    maps: Vec<Mmap>,
+    maps: Vec<Arc<Mmap>>,
     stored: HashMap<String, Stored>,
     place: Place,
     seen: RefCell<Seen>,
@@ -69,7 +70,8 @@ impl Weights {
         // truncated while it is being loaded; it is unmapped once the part is built.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(|error| refuse(error.to_string()))?;
-        prefetch(&map);
+        let map = Arc::new(map);
+        prefetch(Arc::clone(&map));
         let tensors = SafeTensors::deserialize(&map)
             .map_err(|error| refuse(format!("is not a complete safetensors file: {error}")))?;
         for (name, view) in tensors.iter() {
@@ -175,17 +177,28 @@ impl Weights {
     }
 }
 
-/// Tells the system that all of the map will be read: on a cold start the disk then works ahead of the
-/// packing.
+/// Has the system read all of the map ahead, on a thread of its own: on a cold start the disk then works
+/// while weights are packed, and on more than one request at a time.
 #[cfg(unix)]
-fn prefetch(map: &Mmap) {
-    if let Err(error) = map.advise(memmap2::Advice::WillNeed) {
-        tracing::debug!(%error, "the system does not read a weight file ahead");
+fn prefetch(map: Arc<Mmap>) {
+    /// Bytes asked for at a time: systems cut longer wishes short.
+    const STEP: usize = 4 << 20;
+    let ask = move || {
+        for start in (0..map.len()).step_by(STEP) {
+            let len = STEP.min(map.len() - start);
+            if let Err(error) = map.advise_range(memmap2::Advice::WillNeed, start, len) {
+                tracing::debug!(%error, "the system does not read a weight file ahead");
+                return;
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("prefetch".to_owned()).spawn(ask) {
+        tracing::debug!(%error, "no thread to read a weight file ahead");
     }
 }
 
 #[cfg(not(unix))]
-fn prefetch(_map: &Mmap) {}
+fn prefetch(_map: Arc<Mmap>) {}
 
 /// Tells the system that these bytes of the map have been read, so that they stop counting as this
 /// process's memory.

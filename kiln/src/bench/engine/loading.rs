@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ::engine::{Checkpoint, Device, Precision, bench};
 use anyhow::{Context, Result, ensure};
+use memmap2::MmapMut;
 use serde::Serialize;
 
 use super::super::table::Table;
@@ -41,6 +42,9 @@ pub struct Way {
     pub read_one: Timed,
     /// Reading all files on as many threads as the engine has.
     pub read_all: Timed,
+    /// The same, each byte into memory of its own that the system has to find first: what any loader that
+    /// keeps the weights needs at least.
+    pub kept: Timed,
 }
 
 /// Loads and reads the checkpoint in `folder` again and again.
@@ -49,18 +53,19 @@ pub fn measure(folder: &Path, device: &Device, precision: Precision, args: &Engi
     let files = weight_files(folder)?;
     let pieces = Pieces::of(&files)?;
     let way = |from, before: fn() -> Result<()>| {
-        let read = |threads| {
+        let read = |threads, keep| {
             sample(args.runs, || {
                 before()?;
-                seconds(|| pieces.read(threads))
+                seconds(|| pieces.read(threads, keep))
             })
         };
         let load = || {
             before()?;
             seconds(|| Ok(Checkpoint::load(folder, device, precision)?))
         };
-        let (read_one, read_all) = (read(1)?, read(bench::threads())?);
-        Ok::<_, anyhow::Error>(Way { from, load: sample(args.runs, load)?, read_one, read_all })
+        let threads = bench::threads();
+        let (read_one, read_all, kept) = (read(1, false)?, read(threads, false)?, read(threads, true)?);
+        Ok::<_, anyhow::Error>(Way { from, load: sample(args.runs, load)?, read_one, read_all, kept })
     };
     let mut ways = vec![way("file cache", || Ok(()))?];
     if args.cold {
@@ -118,13 +123,17 @@ impl Pieces {
         Ok(Self { files, pieces, bytes })
     }
 
-    /// Reads everything once on so many threads.
-    fn read(&self, threads: usize) -> Result<()> {
+    /// Reads everything once on so many threads, into the same memory or into fresh memory that is kept.
+    fn read(&self, threads: usize, keep: bool) -> Result<()> {
         let next = AtomicUsize::new(0);
         let work = || {
-            let mut room = vec![0; PIECE];
+            let mut rooms = vec![room()?];
             while let Some((file, start, length)) = self.pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                self.files[*file].read_exact_at(&mut room[..*length], *start)?;
+                if keep {
+                    rooms.push(room()?);
+                }
+                let last = rooms.len() - 1;
+                self.files[*file].read_exact_at(&mut rooms[last][..*length], *start)?;
             }
             Ok::<_, std::io::Error>(())
         };
@@ -136,14 +145,31 @@ impl Pieces {
     }
 }
 
+/// Memory for a piece, in huge pages where the system has them, as the engine's.
+fn room() -> std::io::Result<MmapMut> {
+    let room = MmapMut::map_anon(PIECE)?;
+    #[cfg(target_os = "linux")]
+    room.advise(memmap2::Advice::HugePage).or_else(|_| Ok::<_, std::io::Error>(()))?;
+    Ok(room)
+}
+
 impl Loading {
     /// For people.
     pub fn table(&self) -> Table {
         let mut table = Table::new(
             format!("Loading: {:.2} GB of weights", self.bytes as f64 / 1e9),
-            ["from", "loaded, s", "GB/s", "read on 1 thread, GB/s", "read on all, GB/s", "loaded ÷ read (the faster)"],
+            [
+                "from",
+                "loaded, s",
+                "GB/s",
+                "read on 1 thread, GB/s",
+                "read on all, GB/s",
+                "read and kept, GB/s",
+                "loaded ÷ read (the faster)",
+                "loaded ÷ kept",
+            ],
         );
-        for Way { from, load, read_one, read_all } in &self.ways {
+        for Way { from, load, read_one, read_all, kept } in &self.ways {
             let rate = |timed: &Timed| self.bytes as f64 / timed.seconds.median / 1e9;
             let fastest = rate(read_one).max(rate(read_all));
             table.row([
@@ -152,10 +178,13 @@ impl Loading {
                 format!("{:.2}", rate(load)),
                 format!("{:.2}", rate(read_one)),
                 format!("{:.2}", rate(read_all)),
+                format!("{:.2}", rate(kept)),
                 format!("{:.2}", rate(load) / fastest),
+                format!("{:.2}", rate(load) / rate(kept)),
             ]);
         }
-        table.note("Read: into the same few MiB again and again, nothing done with them. Medians.");
+        table.note("Read: into the same few MiB again and again, nothing done with them. Kept: on all threads, into");
+        table.note("memory of its own that the system has to clear first, as any loader's. Medians.");
         table
     }
 }
@@ -173,8 +202,9 @@ mod tests {
         let files = weight_files(folder.path()).unwrap();
         let pieces = Pieces::of(&files).unwrap();
         assert_eq!((files.len(), pieces.bytes, pieces.pieces.len()), (1, PIECE as u64 + 7, 2));
-        pieces.read(1).unwrap();
-        pieces.read(3).unwrap();
+        for (threads, keep) in [(1, false), (3, false), (2, true)] {
+            pieces.read(threads, keep).unwrap();
+        }
     }
 
     #[test]
