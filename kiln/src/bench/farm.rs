@@ -1,7 +1,5 @@
 //! `kiln bench farm`: prepare a site, measure one thing after the other, leave nothing behind, report.
 
-use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -11,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::machine::Machine;
 use super::report::Report;
+use super::show::show;
 use super::site::Site;
 use super::{FarmArgs, Measurement, bulk, delivered, loads, poll};
-use crate::output::write_whole;
 use crate::shutdown;
 
 /// For each picture of a round so many for counting loads: long enough for the affinity bound to matter.
@@ -60,20 +58,4 @@ async fn measure(site: &Site, args: &FarmArgs, report: &mut Report) -> Result<()
         report.polls = Some(poll::measure(site, args.finished_jobs, args.polls).await?);
     }
     Ok(())
-}
-
-/// The table on standard output, unless the JSON goes there.
-fn show(report: &Report, json: Option<&Path>) -> Result<()> {
-    match json {
-        Some(path) if path == Path::new("-") => {
-            eprint!("{report}");
-            println!("{}", report.json()?);
-        }
-        Some(path) => {
-            print!("{report}");
-            write_whole(path, format!("{}\n", report.json()?).as_bytes())?;
-        }
-        None => print!("{report}"),
-    }
-    std::io::stdout().flush().context("standard output is closed")
 }

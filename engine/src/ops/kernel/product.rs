@@ -294,7 +294,7 @@ struct Place {
 /// # Safety
 /// `from` must be readable for `count` values, at most a vector's.
 #[inline(always)]
-unsafe fn some<S: Simd, E: Element>(simd: S, from: *const E, count: usize) -> S::F32 {
+pub(super) unsafe fn some<S: Simd, E: Element>(simd: S, from: *const E, count: usize) -> S::F32 {
     // SAFETY: the caller's promise.
     unsafe { if count == S::LANES { E::load(simd, from) } else { E::load_some(simd, from, count) } }
 }

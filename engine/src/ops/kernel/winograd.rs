@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::element::Element;
 use super::panels::{PANEL, Panels};
-use super::product::Finish;
+use super::product::{Finish, some};
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
@@ -210,14 +210,6 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
 #[inline(always)]
 fn column<V: Copy, const W: usize, const N: usize>(lines: &[[V; W]; N], at: usize) -> [V; N] {
     std::array::from_fn(|line| lines[line][at])
-}
-
-/// # Safety
-/// `from` must be readable for `count` values, at most a vector's.
-#[inline(always)]
-unsafe fn some<S: Simd, E: Element>(simd: S, from: *const E, count: usize) -> S::F32 {
-    // SAFETY: the caller's promise.
-    unsafe { if count == S::LANES { E::load(simd, from) } else { E::load_some(simd, from, count) } }
 }
 
 /// A rectangle of one row's tiles in a block.

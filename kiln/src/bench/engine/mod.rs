@@ -22,8 +22,6 @@ mod work;
 
 mod report;
 
-use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
 use ::engine::{Device, Precision};
@@ -37,7 +35,7 @@ use args::Measurement;
 use report::Report;
 
 use super::machine::{self, Machine};
-use crate::output::write_whole;
+use super::show::show;
 use crate::shutdown;
 
 /// Measures what `args` ask for, or serves timed runs.
@@ -96,20 +94,4 @@ fn fill(report: &mut Report, args: &EngineArgs, device: &Device, precision: Prec
         }
     }
     Ok(())
-}
-
-/// The tables on standard output, unless the JSON goes there.
-fn show(report: &Report, json: Option<&Path>) -> Result<()> {
-    match json {
-        Some(path) if path == Path::new("-") => {
-            eprint!("{report}");
-            println!("{}", report.json()?);
-        }
-        Some(path) => {
-            print!("{report}");
-            write_whole(path, format!("{}\n", report.json()?).as_bytes())?;
-        }
-        None => print!("{report}"),
-    }
-    std::io::stdout().flush().context("standard output is closed")
 }
