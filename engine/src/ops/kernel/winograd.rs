@@ -13,28 +13,24 @@ use super::product::{Finish, some};
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
-/// The transform of a line of a weight, G w.
+/// A patch's side for tiles of 4 outputs, the only ones whose weights are transformed on the way.
+pub(super) const LARGE: usize = 6;
+
+/// The transform of a line of a weight for tiles of 4 outputs, G w.
 #[inline(always)]
-fn weight_line<S: Simd, const N: usize>(simd: S, w: [S::F32; 3]) -> [S::F32; N] {
-    let mut line = [w[2]; N];
-    if N == 4 {
-        let half = simd.splat(0.5);
-        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), half), simd.mul(w[1], half));
-        line[0] = w[0];
-        line[1] = simd.add(outer, middle);
-        line[2] = simd.sub(outer, middle);
-    } else {
-        let minus_sixth = simd.splat(-1.0 / 6.0);
-        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), minus_sixth), simd.mul(w[1], minus_sixth));
-        line[0] = simd.mul(w[0], simd.splat(0.25));
-        line[1] = simd.add(outer, middle);
-        line[2] = simd.sub(outer, middle);
-        let outer = simd.mul_add(w[0], simd.splat(1.0 / 24.0), simd.mul(w[2], simd.splat(1.0 / 6.0)));
-        let middle = simd.mul(w[1], simd.splat(1.0 / 12.0));
-        line[3] = simd.add(outer, middle);
-        line[4] = simd.sub(outer, middle);
-    }
-    line
+fn weight_line<S: Simd>(simd: S, w: [S::F32; 3]) -> [S::F32; LARGE] {
+    let minus_sixth = simd.splat(-1.0 / 6.0);
+    let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), minus_sixth), simd.mul(w[1], minus_sixth));
+    let far_outer = simd.mul_add(w[0], simd.splat(1.0 / 24.0), simd.mul(w[2], simd.splat(1.0 / 6.0)));
+    let far_middle = simd.mul(w[1], simd.splat(1.0 / 12.0));
+    [
+        simd.mul(w[0], simd.splat(0.25)),
+        simd.add(outer, middle),
+        simd.sub(outer, middle),
+        simd.add(far_outer, far_middle),
+        simd.sub(far_outer, far_middle),
+        w[2],
+    ]
 }
 
 /// The transform of a line of a patch, Bᵀ d.
@@ -164,9 +160,9 @@ pub(super) const fn weights_stride(panels: usize, steps: usize) -> usize {
 }
 
 /// Transforms the weights of the panels `group` at the inner positions `chunk` of a packed 3×3 weight,
-/// (9 · `inner`, outputs): (N · N, panels, positions, [`PANEL`]). For formats whose positions go one by one.
+/// (9 · `inner`, outputs): (6 · 6, panels, positions, [`PANEL`]). For formats whose positions go one by one.
 #[inline(always)]
-pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
+pub(super) fn transform_weights<S: Simd, E: Element>(
     simd: S,
     weight: &Panels,
     inner: usize,
@@ -179,7 +175,7 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
     assert!(E::DEPTH == 1 && weight.inner() == 9 * inner && chunk.end <= inner, "inner positions of a weight");
     assert!(group.end * 9 * inner * PANEL <= values.len(), "panels of a weight");
     let stride = weights_stride(panels, steps);
-    assert!(to.len() >= N * N * stride, "room for transformed weights");
+    assert!(to.len() >= LARGE * LARGE * stride, "room for transformed weights");
     for (index, panel) in group.clone().enumerate() {
         for (step, position) in chunk.clone().enumerate() {
             for lane in (0..PANEL).step_by(S::LANES) {
@@ -188,16 +184,16 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
                     // SAFETY: within (panels, 9, inner, PANEL).
                     unsafe { E::load(simd, values.as_ptr().add(from)) }
                 });
-                let mut down = [[taps[0]; N]; 3];
+                let mut down = [[taps[0]; LARGE]; 3];
                 for (x, column) in down.iter_mut().enumerate() {
                     *column = weight_line(simd, [taps[x], taps[3 + x], taps[6 + x]]);
                 }
                 let [left, middle, right] = down;
                 for (y, ((left, middle), right)) in left.into_iter().zip(middle).zip(right).enumerate() {
-                    let line: [S::F32; N] = weight_line(simd, [left, middle, right]);
+                    let line = weight_line(simd, [left, middle, right]);
                     for (x, value) in line.into_iter().enumerate() {
-                        let at = (y * N + x) * stride + (index * steps + step) * PANEL + lane;
-                        // SAFETY: within (N · N, panels, positions, PANEL).
+                        let at = (y * LARGE + x) * stride + (index * steps + step) * PANEL + lane;
+                        // SAFETY: within (6 · 6, panels, positions, PANEL).
                         unsafe { E::store(simd, to.as_mut_ptr().add(at), value) }
                     }
                 }

@@ -10,7 +10,8 @@ use super::product::groups;
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use super::winograd::{
-    Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights, weights_stride,
+    LARGE, Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights,
+    weights_stride,
 };
 
 /// Panels of outputs whose sums are kept until they are transformed.
@@ -27,13 +28,6 @@ pub(in crate::ops) enum Factors<'a> {
 }
 
 impl Factors<'_> {
-    fn any(&self) -> &Panels {
-        match self {
-            Self::Ready(parts) => &parts[0],
-            Self::Plain(weight) => weight,
-        }
-    }
-
     /// Inner positions, padded to whole `DEPTH`s.
     pub fn inner(&self) -> usize {
         match self {
@@ -43,7 +37,10 @@ impl Factors<'_> {
     }
 
     pub fn outputs(&self) -> usize {
-        self.any().outputs()
+        match self {
+            Self::Ready(parts) => parts[0].outputs(),
+            Self::Plain(weight) => weight.outputs(),
+        }
     }
 }
 
@@ -121,7 +118,8 @@ impl<E: Element, const N: usize> Block<'_, E, N> {
         assert_eq!(self.patches.len(), N * N * tiles * inner, "size of transformed patches");
         assert!(self.sums.len() >= N * N * tiles * columns, "room for the sums");
         if let Factors::Plain(weight) = self.factors {
-            transform_weights::<S, E, N>(simd, weight, inner, group, chunk, self.weights);
+            assert_eq!(N, LARGE, "side of a patch whose weights are transformed on the way");
+            transform_weights(simd, weight, inner, group, chunk, self.weights);
         }
         let width = vectors.div_ceil(vectors.div_ceil(S::TILE.1));
         for place in 0..N * N {
