@@ -2,8 +2,9 @@
 
 use super::attention_group::{Head, Queries, attend, block_keys, group_queries, scratch_len};
 use super::attention_pack::{GROUP, Lines, pack};
-use super::attention_simd::{Probability, Softmax, SoftmaxKernel, dispatch};
-use super::isa::Isa;
+use super::attention_probability::Probability;
+use super::isa::{Isa, Kernel, dispatch};
+use super::simd::Simd;
 use crate::Result;
 use crate::ops::buffer::Buffer;
 use crate::ops::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
@@ -66,9 +67,11 @@ struct Task<'a, E, H> {
     wide: &'a mut [f32],
 }
 
-impl<'a, E: Probability, H: Iterator<Item = Head<'a, E>> + Clone> SoftmaxKernel for Task<'_, E, H> {
+impl<'a, E: Probability, H: Iterator<Item = Head<'a, E>> + Clone> Kernel for Task<'_, E, H> {
+    type Output = ();
+
     #[inline(always)]
-    fn run<S: Softmax>(self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let (all, mut skipped) = (self.queries, 0);
         while skipped < all.lines.count {
             let count = group_queries::<S>(all.lines.count - skipped);

@@ -10,7 +10,7 @@
 //! scaled down. Each query does so by its own numbers alone.
 
 use super::attention_pack::{Lines, into_lanes, out_of_lanes};
-use super::attention_simd::{Probability, Softmax};
+use super::attention_probability::Probability;
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
@@ -67,7 +67,7 @@ pub(super) fn scratch_len<E: Probability>(depth: usize, queries: usize) -> (usiz
 /// # Safety
 /// Nobody else may be using the places that the outputs go to.
 #[inline(always)]
-pub(super) unsafe fn attend<S: Softmax, E: Probability>(
+pub(super) unsafe fn attend<S: Simd, E: Probability>(
     simd: S,
     head: Head<E>,
     queries: Queries<E>,
@@ -116,7 +116,7 @@ pub(super) enum Scores {
     WeighAgain,
 }
 
-impl<'a, S: Softmax, E: Probability, const V: usize> Group<'a, S, E, V> {
+impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
     pub(super) const LANES: usize = V * S::LANES;
 
     /// Checks what the tiles will touch.

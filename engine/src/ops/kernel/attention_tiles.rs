@@ -2,9 +2,10 @@
 //! lanes. What a product yields stays in registers until it is a probability.
 
 use super::attention_group::{Group, Scores, block_keys};
-use super::attention_simd::{Probability, Softmax};
+use super::attention_probability::Probability;
+use super::simd::Simd;
 
-impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
+impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
     /// The scores of the keys from `start` to `end`, and what becomes of them.
     #[inline(always)]
     pub(super) fn scores(&mut self, start: usize, end: usize, then: Scores) {
@@ -188,7 +189,7 @@ impl<S: Softmax, E: Probability, const V: usize> Group<'_, S, E, V> {
 /// # Safety
 /// Both must be there.
 #[inline(always)]
-unsafe fn products<S: Softmax, E: Probability, const M: usize, const V: usize>(
+unsafe fn products<S: Simd, E: Probability, const M: usize, const V: usize>(
     simd: S,
     mut totals: [[S::F32; V]; M],
     left: *const E,

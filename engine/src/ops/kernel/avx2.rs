@@ -116,6 +116,28 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn scale_by_any_power(self, a: __m256, n: __m256) -> __m256 {
+        unsafe {
+            // An exponent of 0 is the number 0 and one of 255 is infinity.
+            let n = self.max(self.splat(-127.0), self.min(self.splat(128.0), n));
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, to: *mut bf16, first: __m256, second: __m256) {
+        unsafe {
+            let half = _mm256_set1_epi32(0x8000);
+            let first = _mm256_srli_epi32::<16>(_mm256_add_epi32(_mm256_castps_si256(first), half));
+            let second = _mm256_add_epi32(_mm256_castps_si256(second), half);
+            _mm256_storeu_si256(to.cast(), _mm256_blend_epi16::<0b1010_1010>(first, second));
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         unsafe {
             let half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));

@@ -115,6 +115,24 @@ macro_rules! plain_operations {
             unsafe { _mm512_scalef_ps(a, n) }
         }
         #[inline(always)]
+        fn round(self, a: __m512) -> __m512 {
+            unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        }
+        #[inline(always)]
+        fn scale_by_any_power(self, a: __m512, n: __m512) -> __m512 {
+            unsafe { _mm512_scalef_ps(a, n) }
+        }
+        #[inline(always)]
+        unsafe fn store_pairs(self, to: *mut bf16, first: __m512, second: __m512) {
+            unsafe {
+                let half = _mm512_set1_epi32(0x8000);
+                let first = _mm512_srli_epi32::<16>(_mm512_add_epi32(_mm512_castps_si512(first), half));
+                let second = _mm512_add_epi32(_mm512_castps_si512(second), half);
+                let pairs = _mm512_mask_blend_epi16(0xaaaa_aaaa, first, second);
+                _mm512_storeu_si512(to.cast(), pairs);
+            }
+        }
+        #[inline(always)]
         fn sum(self, a: __m512) -> f32 {
             unsafe { _mm512_reduce_add_ps(a) }
         }

@@ -10,7 +10,7 @@ pub(in crate::ops) fn exp<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     // In this order a NaN stays one.
     let x = simd.max(simd.splat(-87.3), simd.min(simd.splat(88.0), x));
-    let whole = round(simd, simd.mul(x, simd.splat(std::f32::consts::LOG2_E)));
+    let whole = simd.round(simd.mul(x, simd.splat(std::f32::consts::LOG2_E)));
     let rest = simd.mul_add(whole, simd.splat(-LN_2_HIGH), x);
     let rest = simd.mul_add(whole, simd.splat(-LN_2_LOW), rest);
     // Taylor's series on |rest| <= ln 2 / 2, where the next term is below 1e-8.
@@ -19,14 +19,6 @@ pub(in crate::ops) fn exp<S: Simd>(simd: S, x: S::F32) -> S::F32 {
         series = simd.mul_add(series, rest, simd.splat(term));
     }
     simd.scale_by_power(series, whole)
-}
-
-/// The nearest whole number, for |x| below 2^22.
-#[inline(always)]
-fn round<S: Simd>(simd: S, x: S::F32) -> S::F32 {
-    // Adding it pushes the fraction out of the mantissa.
-    let rounder = simd.splat(12_582_912.0);
-    simd.sub(simd.add(x, rounder), rounder)
 }
 
 /// x / (1 + e^-x).

@@ -22,7 +22,7 @@ pub(super) mod winograd_product;
 
 mod attention_group;
 mod attention_pack;
-mod attention_simd;
+mod attention_probability;
 mod attention_tiles;
 mod portable;
 mod tile;

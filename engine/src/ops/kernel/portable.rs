@@ -92,6 +92,28 @@ impl Simd for Portable {
         each(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) << 23) as u32))
     }
     #[inline(always)]
+    fn round(self, a: Self::F32) -> Self::F32 {
+        // Adding and taking away 1.5 · 2^23 rounds; what is larger has no fraction.
+        const ROUNDER: f32 = 12_582_912.0;
+        a.map(|a| if a.abs() < 4_194_304.0 { (a + ROUNDER) - ROUNDER } else { a })
+    }
+    #[inline(always)]
+    fn scale_by_any_power(self, a: Self::F32, n: Self::F32) -> Self::F32 {
+        // An exponent of 0 is the number 0 and one of 255 is infinity.
+        std::array::from_fn(|lane| {
+            let exponent = n[lane].clamp(-127.0, 128.0) as i32 + 127;
+            a[lane] * f32::from_bits((exponent as u32) << 23)
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, to: *mut bf16, first: Self::F32, second: Self::F32) {
+        let half = |value: f32| value.to_bits().wrapping_add(0x8000);
+        let pairs: [u32; Self::LANES] =
+            std::array::from_fn(|lane| half(second[lane]) & 0xffff_0000 | half(first[lane]) >> 16);
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[u32; Self::LANES]>().write_unaligned(pairs) }
+    }
+    #[inline(always)]
     fn sum(self, a: Self::F32) -> f32 {
         ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }

@@ -59,6 +59,14 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     fn copy_sign(self, magnitude: Self::F32, sign: Self::F32) -> Self::F32;
     /// a · 2^n for whole n of -126 to 127.
     fn scale_by_power(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// To the nearest whole number; infinities and NaN stay.
+    fn round(self, a: Self::F32) -> Self::F32;
+    /// a · 2^n for any whole n, 0 or infinite where `f32` ends. A NaN `a` stays one.
+    fn scale_by_any_power(self, a: Self::F32, n: Self::F32) -> Self::F32;
+    /// Stores `first` and `second` as pairs of `bf16`, rounded to nearest, ties away from zero.
+    /// # Safety
+    /// `to` must be writable for 2 × [`Simd::LANES`] values.
+    unsafe fn store_pairs(self, to: *mut bf16, first: Self::F32, second: Self::F32);
     /// The sum of the lanes, always in the same order.
     fn sum(self, a: Self::F32) -> f32;
     /// The largest lane.
