@@ -3,7 +3,8 @@
 //!
 //! Reading order: [`farm`] (what is measured, in which order), then a file per measurement: `delivered`, `loads`,
 //! `bulk`, `poll`; `alone` is the bare engine, `site` and `rig` the farm under test, `jobs` what is rendered; [`engine`]
-//! is a bench of its own; `machine`, `stats`, `table`, `report` and `show` at last.
+//! is a bench of its own; `machine`, `stats`, `table`, `origin`, `report`
+//! and `show` at last.
 //!
 //! Invariant: a bench is no test. Nothing here fails because it was slow.
 
@@ -22,6 +23,7 @@ mod rig;
 mod site;
 
 mod machine;
+mod origin;
 mod report;
 mod show;
 mod stats;

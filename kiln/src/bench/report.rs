@@ -9,20 +9,16 @@ use super::bulk::Bulk;
 use super::delivered::Delivered;
 use super::loads::Loads;
 use super::machine::Machine;
+use super::origin::Origin;
 use super::poll::Polls;
 use super::site::Footing;
 
 /// A bench's outcome; what was not asked for is absent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// This build's version.
-    pub kiln: &'static str,
-    /// Whether the build is optimised.
-    pub release: bool,
-    /// When it began.
-    pub started_at: DateTime<Utc>,
-    /// What it ran on.
-    pub machine: Machine,
+    /// What measured, when and where.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// What the farm stood on.
     pub footing: Footing,
     /// Pictures against the bare engine.
@@ -39,10 +35,7 @@ impl Report {
     /// A report without measurements.
     pub fn new(machine: Machine, footing: Footing, started_at: DateTime<Utc>) -> Self {
         Self {
-            kiln: env!("CARGO_PKG_VERSION"),
-            release: !cfg!(debug_assertions),
-            started_at,
-            machine,
+            origin: Origin::new(machine, started_at),
             footing,
             delivered: None,
             loads: None,
@@ -55,31 +48,15 @@ impl Report {
         let Footing { store, broker, artifacts, file_system } = &self.footing;
         let folder = file_system.as_ref().map_or_else(String::new, |kind| format!(", files on {kind}"));
         let farm = format!("farm: store {store}, broker {broker}, artifacts {artifacts}{folder}\n");
-        heading(self.kiln, self.release, self.started_at, &self.machine) + &farm
+        self.origin.to_string() + &farm
     }
-}
-
-/// What measured, when and where, in two lines.
-pub fn heading(kiln: &str, release: bool, started_at: DateTime<Utc>, machine: &Machine) -> String {
-    let Machine { cpu, vectors, cores, memory_mib, system, load_average } = machine;
-    let memory = memory_mib.map_or_else(String::new, |mib| format!(", {:.1} GiB", mib / 1024.0));
-    let load = load_average.map_or_else(String::new, |[one, five, fifteen]| {
-        format!("; load average {one:.2} {five:.2} {fifteen:.2} at the start")
-    });
-    format!(
-        "kiln {kiln} ({} build), {}\n{}, {cores} cores, {}{memory}, {system}{load}\n",
-        if release { "release" } else { "debug" },
-        started_at.format("%Y-%m-%d %H:%M UTC"),
-        cpu.as_deref().unwrap_or("unknown processor"),
-        vectors.join(" "),
-    )
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.heading())?;
         let tables = [
-            self.delivered.as_ref().map(|delivered| delivered.table(self.machine.cores)),
+            self.delivered.as_ref().map(|delivered| delivered.table(self.origin.machine.cores)),
             self.loads.as_ref().map(Loads::table),
             self.bulk.as_ref().map(Bulk::table),
             self.polls.as_ref().map(Polls::table),

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use super::super::machine::Machine;
-use super::super::report::heading;
+use super::super::origin::Origin;
 use super::ceilings::Ceilings;
 use super::loading::Loading;
 use super::model::Model;
@@ -17,14 +17,9 @@ use super::small::Small;
 /// The outcome; what was not asked for is absent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// This build's version.
-    pub kiln: &'static str,
-    /// Whether the build is optimised.
-    pub release: bool,
-    /// When it began.
-    pub started_at: DateTime<Utc>,
-    /// What it ran on.
-    pub machine: Machine,
+    /// What measured, when and where.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// The engine's device, for people.
     pub device: String,
     /// The instructions that its kernels use on a processor.
@@ -51,10 +46,7 @@ impl Report {
     /// A report without measurements.
     pub fn new(machine: Machine, device: String, dtype: &'static str, started_at: DateTime<Utc>) -> Self {
         Self {
-            kiln: env!("CARGO_PKG_VERSION"),
-            release: !cfg!(debug_assertions),
-            started_at,
-            machine,
+            origin: Origin::new(machine, started_at),
             device,
             instructions: bench::instructions(),
             dtype,
@@ -71,7 +63,7 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&heading(self.kiln, self.release, self.started_at, &self.machine))?;
+        write!(f, "{}", self.origin)?;
         writeln!(f, "engine: {}, {}, {}", self.device, self.instructions, self.dtype)?;
         let tables = [
             self.ceilings.as_ref().map(Ceilings::table),
