@@ -1,11 +1,9 @@
-//! The network that predicts the noise in a latent: `UNet2DConditionModel` of Stable Diffusion 1.x and
-//! 2.x, with one timestep per row.
+//! The networks that predict the noise (or the velocity) in a latent, one folder for each of them; all
+//! take one timestep per row. Beside them is what they share.
 
-mod blocks;
-mod config;
+mod embedding;
 mod resnet;
-mod timestep;
-mod transformer;
+
 mod unet;
 
 pub(crate) use resnet::{ResnetBlock, ResnetShape};

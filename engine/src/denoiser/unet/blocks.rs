@@ -3,9 +3,9 @@
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/unets/unet_2d_blocks.py>
 
 use super::config::{Level, Middle, UNetConfig};
-use super::resnet::{ResnetBlock, ResnetShape};
 use super::transformer::SpatialTransformer;
 use crate::Result;
+use crate::denoiser::{ResnetBlock, ResnetShape};
 use crate::ops::{self, Conv2d, ConvShape, Tensor, UpsampleConv};
 use crate::weights::Scope;
 

@@ -2,11 +2,15 @@
 //!
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/unets/unet_2d_condition.py>
 
+mod blocks;
+mod config;
+mod transformer;
+
 use std::path::Path;
 
-use super::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
-use super::config::UNetConfig;
-use super::timestep::TimestepEmbedding;
+use self::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
+use self::config::UNetConfig;
+use super::embedding::VectorEmbedding;
 use crate::Result;
 use crate::config::ConfigFile;
 use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Place, Tensor};
@@ -19,7 +23,7 @@ pub(crate) struct UNet {
     pub weight_bytes: usize,
     place: Place,
     conv_in: Conv2d,
-    time_embedding: TimestepEmbedding,
+    time_embedding: VectorEmbedding,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
     /// Innermost first, as in the checkpoint.
@@ -45,7 +49,7 @@ impl UNet {
                 config.conv_in_kernel,
                 same(config.conv_in_kernel),
             )?,
-            time_embedding: TimestepEmbedding::load(&root.at("time_embedding"), &config)?,
+            time_embedding: VectorEmbedding::load(&root.at("time_embedding"), outer, config.time_width)?,
             down_blocks: (0..levels)
                 .map(|index| DownBlock::load(&root.at("down_blocks").at(index), &config, index))
                 .collect::<Result<_>>()?,
@@ -74,7 +78,8 @@ impl UNet {
         } else {
             ops::feature_map(sample, dims, &self.place)?
         };
-        let time = ops::silu(&self.time_embedding.forward(timesteps, &self.place)?)?;
+        let time = self.time_embedding.forward_values(&self.config.waves.of(timesteps), &self.place)?;
+        let time = ops::silu(&time)?;
         let conditions = Conditions { time: &time, context };
 
         let mut x = self.conv_in.forward(&sample)?;

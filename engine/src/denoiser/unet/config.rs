@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::config::ConfigFile;
+use crate::denoiser::embedding::Waves;
 
 /// One level of the U, outermost first.
 #[derive(Clone, Debug)]
@@ -36,8 +37,7 @@ pub(crate) struct UNetConfig {
     pub(super) levels: Vec<Level>,
     pub(super) middle: Middle,
     pub(super) time_width: usize,
-    pub(super) flip_sin_to_cos: bool,
-    pub(super) freq_shift: f64,
+    pub(super) waves: Waves,
     pub(super) groups: usize,
     pub(super) epsilon: f64,
     pub(super) center_input_sample: bool,
@@ -80,8 +80,11 @@ impl UNetConfig {
             sample_size: sample_size(config)?,
             middle,
             time_width: config.count("time_embedding_dim", Some(levels[0].channels * 4))?,
-            flip_sin_to_cos: config.flag("flip_sin_to_cos", true)?,
-            freq_shift: config.number("freq_shift", 0.0)?,
+            waves: Waves {
+                width: levels[0].channels,
+                flip_sin_to_cos: config.flag("flip_sin_to_cos", true)?,
+                freq_shift: config.number("freq_shift", 0.0)?,
+            },
             groups: config.count("norm_num_groups", Some(32))?,
             epsilon: config.positive("norm_eps", 1e-5)?,
             center_input_sample: config.flag("center_input_sample", false)?,

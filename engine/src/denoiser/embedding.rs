@@ -1,43 +1,59 @@
-//! What time it is, as a vector.
+//! Numbers and pooled prompts as the vectors that a denoiser's blocks listen to.
 //!
 //! Reference: <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/models/embeddings.py>
-//! (`get_timestep_embedding`, `TimestepEmbedding`).
+//! (`get_timestep_embedding`, `TimestepEmbedding`, `PixArtAlphaTextProjection`).
 
-use super::config::UNetConfig;
 use crate::Result;
 use crate::ops::{Activation, Linear, Place, Tensor};
 use crate::weights::Scope;
 
-/// Sinusoids of a timestep, then two linear layers.
-pub(super) struct TimestepEmbedding {
-    linear_1: Linear,
-    linear_2: Linear,
-    width: usize,
-    flip_sin_to_cos: bool,
-    freq_shift: f64,
+/// How a number becomes sinusoids.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Waves {
+    pub width: usize,
+    /// Cosines before sines.
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
 }
 
-impl TimestepEmbedding {
-    pub fn load(scope: &Scope<'_>, config: &UNetConfig) -> Result<Self> {
-        let width = config.levels[0].channels;
+impl Waves {
+    /// What all but some old U-Nets use.
+    pub fn cosines_first(width: usize) -> Self {
+        Self { width, flip_sin_to_cos: true, freq_shift: 0.0 }
+    }
+
+    /// `width` values for each of `numbers`, one after the other. Computed in f32 whatever the model's
+    /// format: half precision cannot tell steps apart.
+    pub fn of(self, numbers: &[f32]) -> Vec<f32> {
+        let Self { width, flip_sin_to_cos, freq_shift } = self;
+        numbers.iter().flat_map(|number| sinusoid(*number, width, flip_sin_to_cos, freq_shift)).collect()
+    }
+}
+
+/// Two linear layers with a SiLU between them.
+pub(super) struct VectorEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    inputs: usize,
+}
+
+impl VectorEmbedding {
+    pub fn load(scope: &Scope<'_>, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
-            linear_1: scope.at("linear_1").linear_then(width, config.time_width, Activation::Silu)?,
-            linear_2: scope.at("linear_2").linear(config.time_width, config.time_width)?,
-            width,
-            flip_sin_to_cos: config.flip_sin_to_cos,
-            freq_shift: config.freq_shift,
+            linear_1: scope.at("linear_1").linear_then(inputs, outputs, Activation::Silu)?,
+            linear_2: scope.at("linear_2").linear(outputs, outputs)?,
+            inputs,
         })
     }
 
-    /// One timestep per row → (rows, time width).
-    pub fn forward(&self, timesteps: &[f32], place: &Place) -> Result<Tensor> {
-        let waves: Vec<f32> = timesteps
-            .iter()
-            .flat_map(|timestep| sinusoid(*timestep, self.width, self.flip_sin_to_cos, self.freq_shift))
-            .collect();
-        // Computed in f32 whatever the model's format: half precision cannot tell steps apart.
-        let waves = Tensor::new(&waves, &[timesteps.len(), self.width], place)?;
-        self.linear_2.forward(&self.linear_1.forward(&waves)?)
+    /// (rows, inputs) → (rows, outputs).
+    pub fn forward(&self, vectors: &Tensor) -> Result<Tensor> {
+        self.linear_2.forward(&self.linear_1.forward(vectors)?)
+    }
+
+    /// The rows of `values`, inputs after inputs, → (rows, outputs).
+    pub fn forward_values(&self, values: &[f32], place: &Place) -> Result<Tensor> {
+        self.forward(&Tensor::new(values, &[values.len() / self.inputs, self.inputs], place)?)
     }
 }
 
