@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use crate::ops::{self, Place};
 
 use crate::denoiser::UNet;
-use crate::text::{TextEncoder, Tokenizer};
+use crate::text::{ClipEncoder, ClipOutput, ClipTokenizer, Pooled, States};
 use crate::vae::Vae;
 
 const CHECKPOINTS: [&str; 6] = ["sd1", "sd2", "one_layer", "bf16", "bare_tokenizer", "demo"];
@@ -69,12 +69,13 @@ fn difference(got: &[f32], expected: &Tensor) -> f32 {
     got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest
 }
 
-fn text_encoder(checkpoint: &str) -> TextEncoder {
-    TextEncoder::load(&folder(checkpoint).join("text_encoder"), &Place::host()).unwrap()
+fn text_encoder(checkpoint: &str) -> ClipEncoder {
+    let output = ClipOutput { states: States::Last, pooled: Pooled::No };
+    ClipEncoder::load(&folder(checkpoint).join("text_encoder"), output, &Place::host()).unwrap()
 }
 
 fn call(unet: &UNet, sample: &Tensor, timesteps: &[f32], context: &ops::Tensor) -> Vec<f32> {
-    unet.forward(&numbers(sample), dims4(sample), timesteps, context).unwrap()
+    unet.forward(&numbers(sample), dims4(sample), timesteps, context, None).unwrap()
 }
 
 fn unet(checkpoint: &str) -> UNet {
@@ -86,7 +87,7 @@ fn prompts_become_the_token_ids_of_transformers() {
     for checkpoint in CHECKPOINTS {
         let goldens = Goldens::read(checkpoint);
         let vocabulary = text_encoder(checkpoint).config.vocabulary;
-        let tokenizer = Tokenizer::load(&folder(checkpoint).join("tokenizer"), 77, vocabulary).unwrap();
+        let tokenizer = ClipTokenizer::load(&folder(checkpoint).join("tokenizer"), 77, vocabulary).unwrap();
         let expected = goldens.tensor("tokens").unwrap().to_vec2::<i64>().unwrap();
         let prompts = goldens.list::<String>("prompts");
         assert!(prompts.len() >= 10 && prompts.len() == expected.len());
@@ -105,8 +106,10 @@ fn text_embeddings_equal_those_of_transformers() {
         for (row, prompt) in goldens.list::<usize>("embedded").into_iter().enumerate() {
             let ids = tokens.get(prompt).unwrap().to_vec1::<i64>().unwrap();
             let ids: Vec<u32> = ids.into_iter().map(|id| u32::try_from(id).unwrap()).collect();
-            let off =
-                difference(&encoder.forward(&ids).unwrap().to_values().unwrap(), &expected.narrow(0, row, 1).unwrap());
+            let off = difference(
+                &encoder.forward(&ids).unwrap().states.to_values().unwrap(),
+                &expected.narrow(0, row, 1).unwrap(),
+            );
             assert!(off < 5e-6, "{checkpoint}: prompt {prompt} is off by {off}");
         }
     }

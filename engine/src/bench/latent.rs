@@ -3,13 +3,10 @@
 use crate::noise::NoiseSource;
 use crate::{Checkpoint, Latent, RowId};
 
-/// Of every Stable Diffusion 1.x and 2.x.
-const LATENT_CHANNELS: usize = 4;
-
 /// `count` latents of unit noise for pictures of `width` × `height` pixels.
 pub fn noise_latents(checkpoint: &Checkpoint, width: usize, height: usize, count: usize) -> Vec<Latent> {
     let factor = checkpoint.vae_factor();
-    let (channels, height, width) = (LATENT_CHANNELS, height / factor, width / factor);
+    let (channels, height, width) = (checkpoint.latent_channels(), height / factor, width / factor);
     let latent = |row: RowId| Latent {
         values: NoiseSource::new(row).normal(channels * height * width),
         channels,

@@ -17,11 +17,6 @@ pub(super) struct Waves {
 }
 
 impl Waves {
-    /// What all but some old U-Nets use.
-    pub fn cosines_first(width: usize) -> Self {
-        Self { width, flip_sin_to_cos: true, freq_shift: 0.0 }
-    }
-
     /// `width` values for each of `numbers`, one after the other. Computed in f32 whatever the model's
     /// format: half precision cannot tell steps apart.
     pub fn of(self, numbers: &[f32]) -> Vec<f32> {
@@ -49,6 +44,11 @@ impl VectorEmbedding {
     /// (rows, inputs) → (rows, outputs).
     pub fn forward(&self, vectors: &Tensor) -> Result<Tensor> {
         self.linear_2.forward(&self.linear_1.forward(vectors)?)
+    }
+
+    /// As [`VectorEmbedding::forward`], plus `other` (rows, outputs).
+    pub fn forward_add(&self, vectors: &Tensor, other: &Tensor) -> Result<Tensor> {
+        self.linear_2.forward_add(&self.linear_1.forward(vectors)?, other)
     }
 
     /// The rows of `values`, inputs after inputs, → (rows, outputs).

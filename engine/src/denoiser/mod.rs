@@ -7,4 +7,4 @@ mod resnet;
 mod unet;
 
 pub(crate) use resnet::{ResnetBlock, ResnetShape};
-pub(crate) use unet::UNet;
+pub(crate) use unet::{Added, UNet};

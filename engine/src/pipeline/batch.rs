@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use super::checkpoint::ModelRow;
-use crate::guidance::{guide, is_guided};
+use super::family::{Conditions, ModelRow};
 use crate::noise::NoiseSource;
-use crate::ops::Tensor;
 use crate::sampler::{self, Sampler};
 use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
 
@@ -33,10 +31,7 @@ struct Row {
     call: usize,
     /// (channels, height, width) on the host: a few thousand numbers.
     latent: Vec<f32>,
-    positive: Tensor,
-    /// Present with guidance.
-    negative: Option<Tensor>,
-    guidance_scale: f64,
+    conditions: Conditions,
 }
 
 impl Row {
@@ -63,16 +58,12 @@ impl RunningBatch {
         if sampler.timesteps().is_empty() {
             return Err(Error::request("steps", "enough for one denoiser call", request.steps));
         }
-        let positive = checkpoint.embed(&request.prompt)?;
-        let negative =
-            if is_guided(request.guidance_scale) { Some(checkpoint.embed(&request.negative_prompt)?) } else { None };
+        let conditions = checkpoint.condition(request)?;
         let mut noise = NoiseSource::new(request.seed);
-        let (channels, height, width) = self.latent_shape();
-        let mut latent = noise.normal(channels * height * width);
+        let mut latent = noise.normal(self.latent_shape().iter().product());
         let sigma = sampler.init_noise_sigma();
         latent.iter_mut().for_each(|value| *value *= sigma);
-        let guidance_scale = request.guidance_scale;
-        self.rows.push(Row { id, sampler, noise, call: 0, latent, positive, negative, guidance_scale });
+        self.rows.push(Row { id, sampler, noise, call: 0, latent, conditions });
         Ok(())
     }
 
@@ -80,7 +71,7 @@ impl RunningBatch {
         if self.rows.iter().any(|row| row.id == id) {
             return Err(Error::request("row", "new to this batch", id));
         }
-        let factor = self.checkpoint.vae_factor();
+        let factor = self.checkpoint.side_multiple();
         for (field, asked, of_batch) in [("width", request.width, self.width), ("height", request.height, self.height)]
         {
             if asked == 0 || asked > LARGEST_SIDE || asked % factor != 0 {
@@ -177,21 +168,15 @@ impl RunningBatch {
         for row in places.iter().map(|place| &self.rows[*place]) {
             let sample: Arc<[f32]> = row.sampler.scale_model_input(row.call, &row.latent).into();
             let timestep = row.sampler.timesteps()[row.call];
-            for embedding in row.negative.iter().chain([&row.positive]) {
-                model_rows.push(ModelRow { sample: Arc::clone(&sample), timestep, embedding: embedding.clone() });
+            for conditioning in row.conditions.passes() {
+                let conditioning = conditioning.clone();
+                model_rows.push(ModelRow { sample: Arc::clone(&sample), timestep, conditioning });
             }
         }
         let mut predicted = self.checkpoint.denoise(&model_rows, self.latent_shape())?.into_iter();
         let mut outputs = Vec::with_capacity(places.len());
         for row in places.iter().map(|place| &self.rows[*place]) {
-            let mut next = || predicted.next().unwrap_or_default();
-            let output = match row.negative {
-                Some(_) => {
-                    let (negative, positive) = (next(), next());
-                    guide(&negative, &positive, row.guidance_scale)
-                }
-                None => next(),
-            };
+            let output = row.conditions.combine(predicted.by_ref());
             if output.len() != row.latent.len() || !output.iter().all(|value| value.is_finite()) {
                 return Err(Error::NotFinite { row: row.id });
             }
@@ -201,12 +186,12 @@ impl RunningBatch {
     }
 
     /// Channels, height and width of this batch's latents.
-    fn latent_shape(&self) -> (usize, usize, usize) {
+    fn latent_shape(&self) -> [usize; 3] {
         let factor = self.checkpoint.vae_factor();
-        (self.checkpoint.latent_channels(), self.height / factor, self.width / factor)
+        [self.checkpoint.latent_channels(), self.height / factor, self.width / factor]
     }
 }
 
-fn finish(row: &mut Row, (channels, height, width): (usize, usize, usize)) -> Latent {
+fn finish(row: &mut Row, [channels, height, width]: [usize; 3]) -> Latent {
     Latent { values: std::mem::take(&mut row.latent), channels, height, width, row: row.id }
 }

@@ -1,20 +1,18 @@
-//! A loaded checkpoint: tokenizer, text encoder, denoiser, VAE, and what its scheduler file says.
+//! A loaded checkpoint: its family's networks, the VAE, and what its scheduler file says.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use image::RgbImage;
 use rayon::prelude::*;
-use serde_json::json;
 
-use super::picture;
+use super::family::{Conditions, Family, ModelRow, Parts};
+use super::{picture, sd, sdxl};
 use crate::config::ConfigFile;
-use crate::denoiser::UNet;
-use crate::ops::{self, Place, Tensor};
+use crate::ops::{self, Place};
 use crate::sampler::SamplerConfig;
-use crate::text::{EmbeddingCache, TextEncoder, Tokenizer};
+use crate::text::EmbeddingCache;
 use crate::vae::Vae;
-use crate::{Device, Error, Latent, Precision, Result};
+use crate::{CacheCounts, Device, Error, Latent, Precision, Result, RowRequest};
 
 /// Room for the embeddings of prompts that were seen before.
 const EMBEDDING_BYTES: usize = 64 << 20;
@@ -22,34 +20,30 @@ const EMBEDDING_BYTES: usize = 64 << 20;
 /// Pixels that are decoded together.
 const DECODED_PIXELS: usize = 512 * 512;
 
-/// Pipelines whose folders hold the parts that are read here.
-const PIPELINES: [&str; 3] =
-    ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"];
+type Load = fn(&Parts<'_>) -> Result<Box<dyn Family>>;
 
-/// One line of a denoiser pass: a row with guidance makes two.
-pub(super) struct ModelRow {
-    /// What the sampler shows the denoiser: a latent on the host.
-    pub sample: Arc<[f32]>,
-    pub timestep: f32,
-    /// (1, tokens, width)
-    pub embedding: Tensor,
-}
+/// Pipelines that `model_index.json` may name, and what loads their family.
+const PIPELINES: [(&str, Load); 6] = [
+    ("StableDiffusionPipeline", sd::load),
+    ("StableDiffusionImg2ImgPipeline", sd::load),
+    ("StableDiffusionInpaintPipeline", sd::load),
+    ("StableDiffusionXLPipeline", sdxl::load),
+    ("StableDiffusionXLImg2ImgPipeline", sdxl::load),
+    ("StableDiffusionXLInpaintPipeline", sdxl::load),
+];
 
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that
 /// use it.
 pub struct Checkpoint {
     device: Device,
-    tokenizer: Tokenizer,
-    text_encoder: TextEncoder,
-    unet: UNet,
+    family: Box<dyn Family>,
     vae: Vae,
     sampler: SamplerConfig,
-    embeddings: Mutex<EmbeddingCache>,
+    embeddings: EmbeddingCache,
 }
 
 impl Checkpoint {
-    /// Loads a diffusers folder of Stable Diffusion 1.x or 2.x: `model_index.json` with the folders
-    /// `tokenizer`, `text_encoder`, `unet`, `vae` and `scheduler`.
+    /// Loads a folder in diffusers layout: `model_index.json` with the folders of the parts that it lists.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] naming the file and the tensors or fields at fault.
@@ -58,57 +52,39 @@ impl Checkpoint {
         if !index.exists() {
             return Err(Error::checkpoint(folder, "is not a diffusers folder: it has no `model_index.json`"));
         }
-        ConfigFile::read(&index)?.only("_class_name", &PIPELINES.map(|name| json!(name)))?;
+        let index = &ConfigFile::read(&index)?;
+        let class = index.word("_class_name")?.unwrap_or("StableDiffusionPipeline");
+        let Some((_, load)) = PIPELINES.iter().find(|(name, _)| *name == class) else {
+            let known = PIPELINES.map(|(name, _)| format!("`{name}`")).join(", ");
+            return Err(index.refuse("_class_name", format!("one of {known}")));
+        };
         let place = &Place::new(device.tensors(), precision.dtype());
         let sampler = read_sampler(&folder.join("scheduler/scheduler_config.json"))?;
-        let text_encoder = TextEncoder::load(&folder.join("text_encoder"), place)?;
-        let text = &text_encoder.config;
-        let tokenizer = Tokenizer::load(&folder.join("tokenizer"), text.positions, text.vocabulary)?;
-        let unet = UNet::load(&folder.join("unet"), place)?;
         let vae = Vae::load(&folder.join("vae"), place)?;
-        let checkpoint = Self {
-            device: device.clone(),
-            tokenizer,
-            text_encoder,
-            unet,
-            vae,
-            sampler,
-            embeddings: Mutex::new(EmbeddingCache::new(EMBEDDING_BYTES)),
-        };
-        checkpoint.check_parts(&folder.join("unet/config.json"))?;
-        Ok(checkpoint)
-    }
-
-    /// The parts must fit together.
-    fn check_parts(&self, config: &Path) -> Result<()> {
-        let unet = &self.unet.config;
-        let refuse = |field: &str, limit: String, value: usize| {
-            Err(Error::checkpoint(config, format!("`{field}` must be {limit}, but is {value}")))
-        };
-        let latent = self.vae.config.latent_channels;
-        for (field, channels) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
-            if channels != latent {
-                return refuse(field, format!("the VAE's `latent_channels` ({latent})"), channels);
-            }
-        }
-        let width = self.text_encoder.config.width;
-        match unet.context_widths().find(|context| *context != width) {
-            Some(context) => {
-                refuse("cross_attention_dim", format!("the text encoder's `hidden_size` ({width})"), context)
-            }
-            None => Ok(()),
-        }
+        let family = load(&Parts { folder, index, vae: &vae.config, place })?;
+        let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
+        Ok(Self { device: device.clone(), family, vae, sampler, embeddings })
     }
 
     /// Width and height in pixels that the checkpoint was trained at.
     pub fn native_size(&self) -> (usize, usize) {
-        let (height, width) = self.unet.config.sample_size;
+        let (height, width) = self.family.sample_size();
         (width * self.vae_factor(), height * self.vae_factor())
     }
 
     /// Pixels per latent value along a side.
     pub fn vae_factor(&self) -> usize {
         self.vae.config.factor()
+    }
+
+    /// Pixels that both sides of a picture are multiples of.
+    pub fn side_multiple(&self) -> usize {
+        self.vae_factor() * self.family.patch()
+    }
+
+    /// How often prompts' embeddings were remembered.
+    pub fn embedding_counts(&self) -> CacheCounts {
+        self.embeddings.counts()
     }
 
     /// Turns final latents into pictures, in their order. Neighbours of one shape are decoded together
@@ -139,46 +115,29 @@ impl Checkpoint {
         rows.map(|(values, latent)| picture::from_values(values, width, height, latent.row)).collect()
     }
 
-    /// The prompt's embedding (1, tokens, width), computed or remembered.
-    pub(super) fn embed(&self, prompt: &str) -> Result<Tensor> {
-        // A panic elsewhere cannot leave the cache half changed in a way that matters: at worst an
-        // entry is lost.
-        let cache = || self.embeddings.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(embedding) = cache().get(prompt) {
-            return Ok(embedding);
-        }
-        let ids = self.tokenizer.ids(prompt)?;
-        let embedding = self.device.run(|| self.text_encoder.forward(&ids))?;
-        cache().insert(prompt, &embedding);
-        Ok(embedding)
+    /// What a row listens to.
+    pub(super) fn condition(&self, request: &RowRequest) -> Result<Conditions> {
+        self.device.run(|| self.family.condition(request, &self.embeddings))
     }
 
-    /// One denoiser call over these model rows; `shape` is one latent's (channels, height, width). One
+    /// One denoiser call over these model rows; `shape` is one latent's channels, height and width. One
     /// output per row, on the host.
-    pub(super) fn denoise(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
-        let parts = self.device.parts(self.unet.weight_bytes).min(rows.len());
-        if parts <= 1 {
-            return self.device.run(|| self.denoise_rows(rows, shape));
-        }
+    pub(super) fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<Vec<f32>>> {
+        let parts = self.device.parts(self.family.weight_bytes()).clamp(1, rows.len().max(1));
         // Rows do not depend on each other: how they are cut never shows.
-        let side_by_side = rows.par_chunks(rows.len().div_ceil(parts));
-        let outputs =
-            self.device.run(|| side_by_side.map(|rows| self.denoise_rows(rows, shape)).collect::<Result<Vec<_>>>())?;
-        Ok(outputs.into_iter().flatten().collect())
-    }
-
-    fn denoise_rows(&self, rows: &[ModelRow], shape: (usize, usize, usize)) -> Result<Vec<Vec<f32>>> {
-        let (channels, height, width) = shape;
-        let samples: Vec<f32> = rows.iter().flat_map(|row| row.sample.iter().copied()).collect();
-        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep).collect();
-        let embeddings: Vec<&Tensor> = rows.iter().map(|row| &row.embedding).collect();
-        let context = Tensor::cat_rows(&embeddings)?;
-        let output = self.unet.forward(&samples, [rows.len(), channels, height, width], &timesteps, &context)?;
-        Ok(output.chunks_exact(channels * height * width).map(<[f32]>::to_vec).collect())
+        let outputs = self.device.run(|| match parts {
+            1 => Ok(vec![self.family.denoise(rows, shape)?]),
+            parts => {
+                let side_by_side = rows.par_chunks(rows.len().div_ceil(parts));
+                side_by_side.map(|rows| self.family.denoise(rows, shape)).collect::<Result<Vec<_>>>()
+            }
+        })?;
+        let len = shape.iter().product::<usize>().max(1);
+        Ok(outputs.iter().flat_map(|outputs| outputs.chunks_exact(len).map(<[f32]>::to_vec)).collect())
     }
 
     /// Channels of a latent.
-    pub(super) fn latent_channels(&self) -> usize {
+    pub(crate) fn latent_channels(&self) -> usize {
         self.vae.config.latent_channels
     }
 

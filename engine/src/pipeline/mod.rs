@@ -4,6 +4,10 @@ mod batch;
 mod checkpoint;
 mod row;
 
+mod family;
+mod sd;
+mod sdxl;
+
 mod picture;
 
 use std::sync::Arc;
@@ -14,7 +18,7 @@ use crate::{Error, Result};
 
 pub use batch::RunningBatch;
 pub use checkpoint::Checkpoint;
-pub use row::{Latent, RowId, RowRequest, RowStep};
+pub use row::{Latent, MicroConditioning, RowId, RowRequest, RowStep};
 
 /// Renders one picture alone: a running batch of one row, then the decoder. `on_step` is called with
 /// the steps done and the steps in total after each denoiser call.

@@ -6,7 +6,7 @@ use crate::{SamplerKind, ScheduleKind};
 pub type RowId = u64;
 
 /// Everything that a picture is a function of, besides the checkpoint.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RowRequest {
     /// What to draw.
     pub prompt: String,
@@ -26,6 +26,20 @@ pub struct RowRequest {
     pub schedule: Option<ScheduleKind>,
     /// Seed of the initial noise and of the sampler's own.
     pub seed: u64,
+    /// What Stable Diffusion XL is told of sizes; other families do not read it.
+    pub micro_conditioning: MicroConditioning,
+}
+
+/// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
+/// in pixels: the model has learnt how enlarged and how cropped pictures look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MicroConditioning {
+    /// The size before cropping and scaling; `None`: the picture's own.
+    pub original_size: Option<(usize, usize)>,
+    /// What was cut off on the left and at the top.
+    pub crop: (usize, usize),
+    /// The size that was aimed at; `None`: the picture's own.
+    pub target_size: Option<(usize, usize)>,
 }
 
 /// What one step did to a row.

@@ -113,7 +113,7 @@ fn wrong_json_is_named_with_its_place() {
 fn options_that_change_the_maths_are_refused_by_name_and_value() {
     let cases = [
         ("unet/config.json", "class_embed_type", json!("timestep")),
-        ("unet/config.json", "addition_embed_type", json!("text_time")),
+        ("unet/config.json", "addition_embed_type", json!("image")),
         ("unet/config.json", "resnet_time_scale_shift", json!("scale_shift")),
         ("unet/config.json", "mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
         (

@@ -36,6 +36,7 @@ impl Golden {
             sampler: self.sampler.as_deref().map(|word| word.parse().unwrap()),
             schedule: self.schedule.as_deref().map(|word| word.parse().unwrap()),
             seed: self.seed,
+            ..RowRequest::default()
         }
     }
 }

@@ -38,14 +38,12 @@ pub fn checkpoint(name: &str) -> Arc<Checkpoint> {
 pub fn request(prompt: &str) -> RowRequest {
     RowRequest {
         prompt: prompt.to_owned(),
-        negative_prompt: String::new(),
         width: 64,
         height: 64,
         steps: 4,
         guidance_scale: 5.0,
-        sampler: None,
-        schedule: None,
         seed: 1,
+        ..RowRequest::default()
     }
 }
 

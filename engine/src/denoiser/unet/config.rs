@@ -1,10 +1,12 @@
 //! What a `unet/config.json` says, and what it must not say.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
-use crate::Result;
 use crate::config::ConfigFile;
 use crate::denoiser::embedding::Waves;
+use crate::{Error, Result};
 
 /// One level of the U, outermost first.
 #[derive(Clone, Debug)]
@@ -27,6 +29,15 @@ pub(super) enum Middle {
     CrossAttention,
 }
 
+/// What a U-Net is told beside timestep and prompt (`addition_embed_type` is `text_time`).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AddedConfig {
+    /// Values that each number is turned into.
+    pub waves: usize,
+    /// Values of the pooled prompt and all numbers together.
+    pub inputs: usize,
+}
+
 /// A U-Net's dimensions.
 #[derive(Clone, Debug)]
 pub(crate) struct UNetConfig {
@@ -34,6 +45,7 @@ pub(crate) struct UNetConfig {
     pub out_channels: usize,
     /// Height and width of the latents it was trained on.
     pub sample_size: (usize, usize),
+    pub added: Option<AddedConfig>,
     pub(super) levels: Vec<Level>,
     pub(super) middle: Middle,
     pub(super) time_width: usize,
@@ -50,6 +62,17 @@ impl UNetConfig {
     /// The widths of text embeddings that its levels expect.
     pub fn context_widths(&self) -> impl Iterator<Item = usize> {
         self.levels.iter().map(|level| level.context)
+    }
+
+    /// An error if the U-Net in `folder` is told more than timestep and prompt.
+    pub fn refuse_added(&self, folder: &Path) -> Result<()> {
+        match self.added {
+            None => Ok(()),
+            Some(_) => {
+                let problem = "`addition_embed_type` must be null for Stable Diffusion 1.x and 2.x";
+                Err(Error::checkpoint(folder.join("config.json"), problem))
+            }
+        }
     }
 
     /// Reads the file.
@@ -78,6 +101,7 @@ impl UNetConfig {
             in_channels: config.count("in_channels", Some(4))?,
             out_channels: config.count("out_channels", Some(4))?,
             sample_size: sample_size(config)?,
+            added: added(config)?,
             middle,
             time_width: config.count("time_embedding_dim", Some(levels[0].channels * 4))?,
             waves: Waves {
@@ -112,7 +136,6 @@ fn refuse_other_maths(config: &ConfigFile) -> Result<()> {
     for field in [
         "class_embed_type",
         "num_class_embeds",
-        "addition_embed_type",
         "encoder_hid_dim",
         "encoder_hid_dim_type",
         "time_embedding_act_fn",
@@ -125,6 +148,17 @@ fn refuse_other_maths(config: &ConfigFile) -> Result<()> {
         config.only(field, &[])?;
     }
     Ok(())
+}
+
+fn added(config: &ConfigFile) -> Result<Option<AddedConfig>> {
+    match config.word("addition_embed_type")? {
+        None => Ok(None),
+        Some("text_time") => Ok(Some(AddedConfig {
+            waves: config.count("addition_time_embed_dim", None)?,
+            inputs: config.count("projection_class_embeddings_input_dim", None)?,
+        })),
+        Some(_) => Err(config.refuse("addition_embed_type", "`text_time` or null")),
+    }
 }
 
 fn levels(config: &ConfigFile) -> Result<Vec<Level>> {

@@ -10,11 +10,20 @@ use std::path::Path;
 
 use self::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
 use self::config::UNetConfig;
-use super::embedding::VectorEmbedding;
+use super::embedding::{VectorEmbedding, Waves};
 use crate::Result;
 use crate::config::ConfigFile;
 use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Place, Tensor};
 use crate::weights::Weights;
+
+/// What SDXL's U-Nets are told beside timestep and prompt.
+#[derive(Clone, Copy)]
+pub(crate) struct Added<'a> {
+    /// (rows, pooled width): the prompts in one vector each.
+    pub pooled: &'a Tensor,
+    /// Sizes and the like, equally many for each row, row after row.
+    pub numbers: &'a [f32],
+}
 
 /// A denoiser that takes one timestep per row.
 pub(crate) struct UNet {
@@ -24,6 +33,7 @@ pub(crate) struct UNet {
     place: Place,
     conv_in: Conv2d,
     time_embedding: VectorEmbedding,
+    add_embedding: Option<VectorEmbedding>,
     down_blocks: Vec<DownBlock>,
     mid_block: Option<MidBlock>,
     /// Innermost first, as in the checkpoint.
@@ -50,6 +60,10 @@ impl UNet {
                 same(config.conv_in_kernel),
             )?,
             time_embedding: VectorEmbedding::load(&root.at("time_embedding"), outer, config.time_width)?,
+            add_embedding: match config.added {
+                None => None,
+                Some(added) => Some(VectorEmbedding::load(&root.at("add_embedding"), added.inputs, config.time_width)?),
+            },
             down_blocks: (0..levels)
                 .map(|index| DownBlock::load(&root.at("down_blocks").at(index), &config, index))
                 .collect::<Result<_>>()?,
@@ -71,15 +85,22 @@ impl UNet {
     }
 
     /// What the denoiser makes of `sample`, (rows, channels, height, width) values in `dims`, with one
-    /// timestep and one line of `context` (rows, tokens, context width) per row: as many values.
-    pub fn forward(&self, sample: &[f32], dims: [usize; 4], timesteps: &[f32], context: &Tensor) -> Result<Vec<f32>> {
+    /// timestep and one line of `context` (rows, tokens, context width) per row: as many values. A U-Net
+    /// that is told more ([`UNetConfig::added`]) gets it as `added`.
+    pub fn forward(
+        &self,
+        sample: &[f32],
+        dims: [usize; 4],
+        timesteps: &[f32],
+        context: &Tensor,
+        added: Option<Added<'_>>,
+    ) -> Result<Vec<f32>> {
         let sample = if self.config.center_input_sample {
             ops::feature_map(&sample.iter().map(|value| 2.0 * value - 1.0).collect::<Vec<_>>(), dims, &self.place)?
         } else {
             ops::feature_map(sample, dims, &self.place)?
         };
-        let time = self.time_embedding.forward_values(&self.config.waves.of(timesteps), &self.place)?;
-        let time = ops::silu(&time)?;
+        let time = ops::silu(&self.time(timesteps, added)?)?;
         let conditions = Conditions { time: &time, context };
 
         let mut x = self.conv_in.forward(&sample)?;
@@ -94,5 +115,19 @@ impl UNet {
             x = block.forward(x, conditions, &mut skips)?;
         }
         ops::channels_first(&self.conv_out.forward(&self.conv_norm_out.forward_silu(&x)?)?)
+    }
+
+    /// (rows, time width): the timesteps, and what else the rows are told.
+    fn time(&self, timesteps: &[f32], added: Option<Added<'_>>) -> Result<Tensor> {
+        let time = self.time_embedding.forward_values(&self.config.waves.of(timesteps), &self.place)?;
+        let (Some(embedding), Some(config), Some(added)) = (&self.add_embedding, self.config.added, added) else {
+            return Ok(time);
+        };
+        let waves = Waves { width: config.waves, ..self.config.waves }.of(added.numbers);
+        let rows = timesteps.len();
+        let waves = Tensor::new(&waves, &[rows, 1, 1, waves.len() / rows], &self.place)?;
+        let pooled = added.pooled.reshape(&[rows, 1, 1, added.pooled.elements() / rows])?;
+        let told = ops::concat_channels(&pooled, &waves)?;
+        embedding.forward_add(&told.reshape(&[rows, told.elements() / rows])?, &time)
     }
 }

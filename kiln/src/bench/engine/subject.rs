@@ -70,14 +70,12 @@ impl Subject {
         for row in 0..self.pictures.batch {
             let request = RowRequest {
                 prompt: "a large red star on a blue background".to_owned(),
-                negative_prompt: String::new(),
                 width,
                 height,
                 steps,
                 guidance_scale: GUIDANCE_SCALE,
-                sampler: None,
-                schedule: None,
                 seed: row as u64,
+                ..RowRequest::default()
             };
             self.running.join(row as RowId, &request)?;
         }

@@ -25,7 +25,7 @@ const END: &str = "<|endoftext|>";
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// Turns prompts into a fixed number of token ids.
-pub(crate) struct Tokenizer {
+pub(crate) struct ClipTokenizer {
     inner: tokenizers::Tokenizer,
     start: u32,
     end: u32,
@@ -44,7 +44,7 @@ struct Special {
 
 const ROLES: [(&str, &str); 4] = [("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END)];
 
-impl Tokenizer {
+impl ClipTokenizer {
     /// Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, and the special tokens of
     /// `tokenizer_config.json` and `special_tokens_map.json`. Prompts become `most` ids at most.
     pub fn load(folder: &Path, most: usize, vocabulary: usize) -> Result<Self> {
@@ -225,9 +225,9 @@ fn added_token(value: &Value) -> Option<AddedToken> {
 mod tests {
     use super::*;
 
-    fn demo() -> Tokenizer {
+    fn demo() -> ClipTokenizer {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model/tokenizer");
-        Tokenizer::load(&folder, 77, 632).unwrap()
+        ClipTokenizer::load(&folder, 77, 632).unwrap()
     }
 
     #[test]
@@ -266,7 +266,7 @@ mod tests {
         for (pad, is_end) in [(serde_json::json!("!"), true), (serde_json::json!(END), false), (end.clone(), true)] {
             let map = serde_json::json!({"eos_token": end, "unk_token": end, "pad_token": pad});
             std::fs::write(folder.path().join("special_tokens_map.json"), map.to_string()).unwrap();
-            let ids = Tokenizer::load(folder.path(), 77, 632).unwrap().ids("<|ENDOFTEXT|> star").unwrap();
+            let ids = ClipTokenizer::load(folder.path(), 77, 632).unwrap().ids("<|ENDOFTEXT|> star").unwrap();
             assert_eq!(ids[1] == 631, is_end, "{pad}");
         }
     }
@@ -274,18 +274,18 @@ mod tests {
     #[test]
     fn a_vocabulary_larger_than_the_encoder_is_refused() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/model/tokenizer");
-        let error = Tokenizer::load(&folder, 77, 500).err().unwrap().to_string();
+        let error = ClipTokenizer::load(&folder, 77, 500).err().unwrap().to_string();
         assert!(error.contains("vocabulary of 500 lacks"), "{error}");
     }
 
     #[test]
     fn a_folder_without_a_vocabulary_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Tokenizer::load(folder.path(), 77, 500).err().unwrap().to_string();
+        let error = ClipTokenizer::load(folder.path(), 77, 500).err().unwrap().to_string();
         assert!(error.contains("neither `tokenizer.json` nor `vocab.json`"), "{error}");
         std::fs::write(folder.path().join("vocab.json"), "{\"a\": 0").unwrap();
         std::fs::write(folder.path().join("merges.txt"), "a b\n").unwrap();
-        let error = Tokenizer::load(folder.path(), 77, 500).err().unwrap().to_string();
+        let error = ClipTokenizer::load(folder.path(), 77, 500).err().unwrap().to_string();
         assert!(error.contains("vocab.json and merges.txt"), "{error}");
     }
 }
