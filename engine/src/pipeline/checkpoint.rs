@@ -62,6 +62,7 @@ impl Checkpoint {
         let sampler = read_sampler(&folder.join("scheduler/scheduler_config.json"))?;
         let vae = Vae::load(&folder.join("vae"), place)?;
         let family = load(&Parts { folder, index, vae: &vae.config, place })?;
+        let sampler = if family.overrules_sampler() { sampler } else { sampler.as_written() };
         let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
         Ok(Self { device: device.clone(), family, vae, sampler, embeddings })
     }

@@ -72,6 +72,11 @@ pub(super) trait Family: Send + Sync {
     /// Bytes of the denoiser's weights.
     fn weight_bytes(&self) -> usize;
 
+    /// Whether the family's pipeline overrules values of `scheduler_config.json`.
+    fn overrules_sampler(&self) -> bool {
+        false
+    }
+
     /// Latent values along a side that the denoiser takes as one.
     fn patch(&self) -> usize {
         1

@@ -1,6 +1,8 @@
 //! Each network against what diffusers and transformers made of the same weights
 //! (`tests/fixtures/README.md`).
 
+mod sdxl;
+
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
