@@ -165,7 +165,7 @@ pub(super) fn schedule(options: &Options) -> Result<ScheduleKind> {
 }
 
 /// Puts quotes around the numbers that Python writes and JSON has not; text inside strings stays.
-fn quote_infinities(text: &str) -> String {
+pub(crate) fn quote_infinities(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len());
     let mut rest = text;
     let mut in_string = false;
