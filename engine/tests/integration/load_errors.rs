@@ -146,10 +146,10 @@ fn a_u_net_that_is_told_other_things_than_its_family_is_refused() {
     assert!(refusal(folder.path()).contains("tensors that this model does not have: add_embedding.linear_1.bias"));
 
     let folder = copy_of("sdxl");
-    change_config(folder.path(), "unet/config.json", "projection_class_embeddings_input_dim", json!(70));
+    change_config(folder.path(), "unet/config.json", "addition_time_embed_dim", json!(4));
     let text = refusal(folder.path());
     assert!(
-        text.contains("`projection_class_embeddings_input_dim` must be") && text.ends_with("(68), but is 70"),
+        text.contains("`projection_class_embeddings_input_dim` must be") && text.ends_with("(44), but is 68"),
         "{text}"
     );
 
