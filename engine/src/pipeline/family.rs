@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::config::ConfigFile;
 use crate::guidance::guide;
 use crate::ops::{Place, Tensor};
+use crate::sampler::Flow;
 use crate::text::EmbeddingCache;
 use crate::vae::VaeConfig;
 use crate::{Error, Result, RowRequest};
@@ -71,6 +72,12 @@ pub(super) trait Family: Send + Sync {
 
     /// Bytes of the denoiser's weights.
     fn weight_bytes(&self) -> usize;
+
+    /// What the noise levels of a checkpoint trained by flow matching depend on, for latents of `shape`'s channels,
+    /// height and width.
+    fn flow(&self, _shape: [usize; 3]) -> Flow {
+        Flow::default()
+    }
 
     /// Latent values along a side that the denoiser takes as one.
     fn patch(&self) -> usize {
