@@ -38,13 +38,13 @@ mod winograd;
 #[cfg(test)]
 mod reference;
 
-pub(crate) use activation::silu;
-pub(crate) use attention::{Mask, attention};
+pub(crate) use activation::{multiply, silu};
+pub(crate) use attention::{Mask, attention, relative_attention};
 pub(crate) use buffer::release_memory;
 pub(crate) use conv::{Conv2d, ConvShape};
 pub(crate) use kernel::isa::Isa;
 pub(crate) use layer_norm::LayerNorm;
-pub(crate) use layout::{channels_first, concat_channels, embed, feature_map};
+pub(crate) use layout::{channels_first, concat_channels, embed, feature_map, select};
 pub(crate) use linear::{Activation, Linear};
 pub(crate) use norm::GroupNorm;
 pub(crate) use parameter::{Parameter, Stored};
