@@ -25,10 +25,35 @@ pub(crate) enum Mask {
 /// the channels; the result is as `query`. On the host, scores and sums are `f32` and never leave a core's
 /// cache; with `bf16` tensors the probabilities are rounded to `bf16` before they weigh the values.
 pub(crate) fn attention(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, mask: Mask) -> Result<Tensor> {
-    let shape = shape(query, key, value, heads, mask)?;
+    attend(query, key, value, None, shape(query, key, value, heads, mask)?)
+}
+
+/// softmax(q · kᵀ + distances) · v for each head: as [`attention`], but scores are not divided by √d, and that of
+/// query i and key j has the value at i - j + keys - 1 of its head's in `distances` (heads, queries + keys - 1)
+/// added.
+pub(crate) fn relative_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    heads: usize,
+    distances: &[f32],
+) -> Result<Tensor> {
+    let shape = shape(query, key, value, heads, Mask::None)?;
+    if distances.len() != heads * (shape.queries + shape.keys).saturating_sub(1) {
+        return Err(misuse(format!(
+            "attention of {heads} heads, {} queries and {} keys was given {} distances",
+            shape.queries,
+            shape.keys,
+            distances.len()
+        )));
+    }
+    attend(query, key, value, Some(distances), shape)
+}
+
+fn attend(query: &Tensor, key: &Tensor, value: &Tensor, distances: Option<&[f32]>, shape: Shape) -> Result<Tensor> {
     match (query.device_values(), key.device_values(), value.device_values()) {
-        (Some(query), Some(key), Some(value)) => Ok(Tensor::on_device(on_device(query, key, value, shape)?)),
-        _ => on_host(Isa::best(), query, key, value, shape),
+        (Some(query), Some(key), Some(value)) => Ok(Tensor::on_device(on_device(query, key, value, distances, shape)?)),
+        _ => on_host(Isa::best(), query, key, value, distances, shape),
     }
 }
 
@@ -46,13 +71,20 @@ fn shape(query: &Tensor, key: &Tensor, value: &Tensor, heads: usize, mask: Mask)
     Ok(Shape { rows, queries, keys, channels, heads, causal: mask == Mask::Causal })
 }
 
-fn on_host(isa: Isa, query: &Tensor, key: &Tensor, value: &Tensor, shape: Shape) -> Result<Tensor> {
+fn on_host(
+    isa: Isa,
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    distances: Option<&[f32]>,
+    shape: Shape,
+) -> Result<Tensor> {
     let (query, key, value) = (query.resolved()?, key.resolved()?, value.resolved()?);
     let (q, k, v) = (query.host()?, key.host()?, value.host()?);
     let compute = |format: Format| -> Result<Buffer> {
         match format {
-            Format::F32 => attention::attention::<f32>(isa, q.values(), k.values(), v.values(), shape),
-            Format::Bf16 => attention::attention::<bf16>(isa, q.values(), k.values(), v.values(), shape),
+            Format::F32 => attention::attention::<f32>(isa, q.values(), k.values(), v.values(), distances, shape),
+            Format::Bf16 => attention::attention::<bf16>(isa, q.values(), k.values(), v.values(), distances, shape),
         }
     };
     if k.format() != q.format() || v.format() != q.format() {
@@ -65,6 +97,7 @@ fn on_device(
     query: &candle_core::Tensor,
     key: &candle_core::Tensor,
     value: &candle_core::Tensor,
+    distances: Option<&[f32]>,
     shape: Shape,
 ) -> Result<candle_core::Tensor> {
     /// Scores held at once, all rows and heads together.
@@ -75,12 +108,21 @@ fn on_device(
     };
     let (q, k, v) = (split(query, queries)?, split(key, keys)?, split(value, keys)?);
     let k = k.transpose(2, 3)?.contiguous()?;
-    let scale = 1.0 / (shape.width() as f64).sqrt();
+    let scale = if distances.is_some() { 1.0 } else { 1.0 / (shape.width() as f64).sqrt() };
     let block = (SCORES / (rows * heads * keys).max(1)).clamp(1, queries.max(1));
     let mut parts = Vec::new();
     for first in (0..queries).step_by(block) {
         let count = block.min(queries - first);
         let mut scores = (q.narrow(2, first, count)?.contiguous()?.matmul(&k)?.to_dtype(DType::F32)? * scale)?;
+        if let Some(distances) = distances {
+            let reach = queries + keys - 1;
+            let of_query = |head: usize, query: usize| (0..keys).map(move |key| head * reach + query + keys - 1 - key);
+            let places =
+                (0..heads).flat_map(|head| (first..first + count).flat_map(move |query| of_query(head, query)));
+            let added: Vec<f32> = places.map(|place| distances[place]).collect();
+            let added = candle_core::Tensor::from_vec(added, (heads, count, keys), q.device())?;
+            scores = scores.broadcast_add(&added)?;
+        }
         if causal {
             let hidden = (first..first + count)
                 .flat_map(|line| (0..keys).map(move |at| if at > line { f32::NEG_INFINITY } else { 0.0 }));
@@ -143,7 +185,7 @@ mod tests {
             let [k, v] = [2, 3].map(|salt| tensor([rows, keys, channels], salt, 1.0, &place));
             let expected = plain(&q, &k, &v, heads, mask);
             for isa in Isa::available() {
-                let got = on_host(isa, &q, &k, &v, shape(&q, &k, &v, heads, mask).unwrap()).unwrap();
+                let got = on_host(isa, &q, &k, &v, None, shape(&q, &k, &v, heads, mask).unwrap()).unwrap();
                 reference::assert_close(&reference::values(&got), &expected, tolerance);
             }
         }
@@ -181,7 +223,7 @@ mod tests {
             let k = Tensor::new(&keys, &[1, 700, 16], &place).unwrap();
             let expected = plain(&q, &k, &v, 1, Mask::None);
             for isa in Isa::available() {
-                let got = on_host(isa, &q, &k, &v, shape(&q, &k, &v, 1, Mask::None).unwrap()).unwrap();
+                let got = on_host(isa, &q, &k, &v, None, shape(&q, &k, &v, 1, Mask::None).unwrap()).unwrap();
                 reference::assert_close(&reference::values(&got), &expected, tolerance);
             }
         }
@@ -209,7 +251,7 @@ mod tests {
             for isa in Isa::available() {
                 let run = |q: &Tensor| {
                     let shape = shape(q, &k, &v, 2, Mask::None).unwrap();
-                    reference::values(&on_host(isa, q, &k, &v, shape).unwrap())
+                    reference::values(&on_host(isa, q, &k, &v, None, shape).unwrap())
                 };
                 let all = run(&q);
                 for query in [0, 47, 69] {
@@ -235,7 +277,7 @@ mod tests {
                 });
                 let [q, k, v] = &inputs;
                 for isa in Isa::available() {
-                    let got = on_host(isa, q, k, v, shape(q, k, v, 2, Mask::None).unwrap()).unwrap();
+                    let got = on_host(isa, q, k, v, None, shape(q, k, v, 2, Mask::None).unwrap()).unwrap();
                     let got = reference::values(&got);
                     assert!(got[..50 * 8].iter().all(|value| value.is_finite()), "{isa}: another row");
                     assert!(got[50 * 8..].iter().any(|value| !value.is_finite()), "{isa}: input {poisoned}");
@@ -255,6 +297,61 @@ mod tests {
             let there = attention(&q, &k, &v, 3, mask).unwrap();
             reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
         }
+    }
+
+    #[test]
+    fn distances_are_added_to_scores_that_are_not_scaled() {
+        for (rows, queries, keys, channels, heads) in
+            [(1, 1, 1, 1, 1), (2, 5, 3, 6, 2), (1, 77, 77, 24, 3), (2, 33, 130, 15, 3), (1, 300, 20, 16, 8)]
+        {
+            let reach = queries + keys - 1;
+            let distances: Vec<f32> = reference::numbers(heads * reach, 7).iter().map(|value| value * 3.0).collect();
+            for (place, tolerance) in places() {
+                let q = tensor([rows, queries, channels], 1, 1.0, &place);
+                let [k, v] = [2, 3].map(|salt| tensor([rows, keys, channels], salt, 1.0, &place));
+                let expected = plain_with_distances(&q, &k, &v, heads, &distances);
+                let shape = shape(&q, &k, &v, heads, Mask::None).unwrap();
+                for isa in Isa::available() {
+                    let got = on_host(isa, &q, &k, &v, Some(&distances), shape).unwrap();
+                    reference::assert_close(&reference::values(&got), &expected, tolerance);
+                }
+                let got = relative_attention(&q, &k, &v, heads, &distances).unwrap();
+                for row in 0..rows {
+                    let [q, k, v] = [&q, &k, &v].map(|tensor| reference::row(tensor, row, &place));
+                    reference::assert_row_is(&got, row, &relative_attention(&q, &k, &v, heads, &distances).unwrap());
+                }
+                reference::assert_threads_do_not_show(|| relative_attention(&q, &k, &v, heads, &distances).unwrap());
+                let [q, k, v] = [&q, &k, &v].map(reference::elsewhere);
+                let there = relative_attention(&q, &k, &v, heads, &distances).unwrap();
+                reference::assert_close(&reference::values(&there), &expected, tolerance);
+                assert!(relative_attention(&q, &k, &v, heads, &distances[1..]).is_err());
+            }
+        }
+    }
+
+    /// The definition, a query at a time.
+    fn plain_with_distances(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, distances: &[f32]) -> Vec<f32> {
+        let ((rows, queries, channels), keys) = (q.dims3().unwrap(), k.dims()[1]);
+        let (q, k, v) = (reference::values(q), reference::values(k), reference::values(v));
+        let (width, reach) = (channels / heads, queries + keys - 1);
+        let mut output = vec![0f32; q.len()];
+        for (row, head) in (0..rows).flat_map(|row| (0..heads).map(move |head| (row, head))) {
+            for query in 0..queries {
+                let at = (row * queries + query) * channels + head * width;
+                let line = |key: usize| (row * keys + key) * channels + head * width;
+                let score = |key: usize| {
+                    let products = (0..width).map(|i| f64::from(q[at + i]) * f64::from(k[line(key) + i]));
+                    (products.sum::<f64>() + f64::from(distances[head * reach + query + keys - 1 - key])).exp()
+                };
+                let weights: Vec<f64> = (0..keys).map(score).collect();
+                let total: f64 = weights.iter().sum();
+                for i in 0..width {
+                    let sum: f64 = (0..keys).map(|key| weights[key] / total * f64::from(v[line(key) + i])).sum();
+                    output[at + i] = sum as f32;
+                }
+            }
+        }
+        output
     }
 
     #[test]

@@ -288,7 +288,8 @@ impl HostCall<'_> {
         };
         let per_row = per_row.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
         let residual = residual.as_ref().map(Tensor::host).transpose()?.map(Buffer::values::<E>);
-        let finish = Finish { outputs: self.outputs, bias: self.bias, per_row, residual, then: Then::Nothing };
+        let finish =
+            Finish { outputs: self.outputs, bias: self.bias, per_row, scale: None, residual, then: Then::Nothing };
         compute(host, Map { height, width, channels }, &finish)
     }
 }

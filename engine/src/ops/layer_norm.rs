@@ -1,19 +1,18 @@
 //! Layer norm.
 
 use candle_core::{D, DType};
-use half::bf16;
 
-use super::buffer::{Buffer, Format};
 use super::kernel::element::Element;
 use super::kernel::isa::{Isa, Kernel, dispatch};
 use super::kernel::simd::Simd;
 use super::misuse;
 use super::parameter::Parameter;
-use super::shared::{Shared, run_tasks};
+use super::per_token::{PerToken, per_token};
 use super::tensor::Tensor;
 use crate::Result;
 
-/// Normalises each token over its channels.
+/// Normalises each token over its channels: its mean becomes 0 and its deviation 1, and then weight and bias
+/// come.
 pub(crate) struct LayerNorm {
     weight: Vec<f32>,
     bias: Vec<f32>,
@@ -30,41 +29,57 @@ impl LayerNorm {
         Ok(Self { weight, bias, epsilon })
     }
 
+    /// A norm of `channels` that has learned nothing.
+    pub fn plain(channels: usize, epsilon: f64) -> Self {
+        Self { weight: vec![1.0; channels], bias: vec![0.0; channels], epsilon }
+    }
+
     /// (rows, …, channels), normalised.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.check(x)?;
+        if let Some(x) = x.device_values() {
+            return Ok(Tensor::on_device(self.on_device(x)?));
+        }
+        let Self { weight, bias, epsilon } = self;
+        per_token(x, weight.len(), 1, &Then { weight, bias, epsilon: *epsilon as f32 })
+    }
+
+    /// (rows, …, channels), normalised, times 1 + `scale`, plus `shift`: both (rows, channels), each row by
+    /// its own.
+    pub fn forward_modulated(&self, x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        self.check(x)?;
+        let (rows, channels) = (x.dims()[0], self.weight.len());
+        if x.dims().len() < 2 || scale.dims() != [rows, channels] || shift.dims() != scale.dims() {
+            let (scale, shift) = (scale.dims(), shift.dims());
+            return Err(misuse(format!("a layer norm of {:?} was given {scale:?} and {shift:?}", x.dims())));
+        }
+        match (x.device_values(), scale.device_values(), shift.device_values()) {
+            (Some(x), Some(scale), Some(shift)) => {
+                let mut dims = vec![1; x.rank()];
+                (dims[0], dims[x.rank() - 1]) = (rows, channels);
+                let (scale, shift) = ((scale.reshape(dims.as_slice())? + 1.0)?, shift.reshape(dims.as_slice())?);
+                Ok(Tensor::on_device(self.on_device(x)?.broadcast_mul(&scale)?.broadcast_add(&shift)?))
+            }
+            (None, None, None) => {
+                // (normal · weight + bias) · (1 + scale) + shift, with what a row's tokens share taken together.
+                let (scale, shift) = (scale.to_values()?, shift.to_values()?);
+                let learned = (0..rows).flat_map(|_| self.weight.iter().zip(&self.bias));
+                let (weight, bias): (Vec<f32>, Vec<f32>) = learned
+                    .zip(scale.iter().zip(&shift))
+                    .map(|((weight, bias), (scale, shift))| (weight * (1.0 + scale), bias * (1.0 + scale) + shift))
+                    .unzip();
+                per_token(x, channels, rows, &Then { weight: &weight, bias: &bias, epsilon: self.epsilon as f32 })
+            }
+            _ => Err(misuse("a layer norm and what it was given are on different devices".to_owned())),
+        }
+    }
+
+    fn check(&self, x: &Tensor) -> Result<()> {
         let channels = self.weight.len();
         if x.dims().last() != Some(&channels) {
             return Err(misuse(format!("a layer norm of {channels} channels was given {:?}", x.dims())));
         }
-        if let Some(x) = x.device_values() {
-            return Ok(Tensor::on_device(self.on_device(x)?));
-        }
-        let resolved = x.resolved()?;
-        let from = resolved.host()?;
-        let mut output = Buffer::new(from.format(), from.len())?;
-        match from.format() {
-            Format::F32 => self.on_host::<f32>(from.values(), output.values_mut()),
-            Format::Bf16 => self.on_host::<bf16>(from.values(), output.values_mut()),
-        }?;
-        Ok(Tensor::on_host(output, x.dims()))
-    }
-
-    fn on_host<E: Element>(&self, from: &[E], to: &mut [E]) -> Result<()> {
-        /// Work per value, in multiply-adds.
-        const WORK: usize = 16;
-        /// Values of a task.
-        const VALUES: usize = 64 * 1024;
-        let channels = self.weight.len();
-        let part = (VALUES / channels.max(1)).max(1) * channels;
-        let shared = Shared::new(to);
-        run_tasks(from.len().div_ceil(part.max(1)), WORK * from.len(), |task| {
-            let range = task * part..from.len().min((task + 1) * part);
-            // SAFETY: each task writes its own tokens.
-            #[allow(unsafe_code)]
-            let to = unsafe { shared.part(range.clone()) };
-            dispatch(Isa::best(), Normalise { norm: self, from: &from[range], to });
-            Ok(())
-        })
+        Ok(())
     }
 
     fn on_device(&self, x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
@@ -79,8 +94,26 @@ impl LayerNorm {
     }
 }
 
+/// What becomes of normal values.
+struct Then<'a> {
+    /// (rows, channels): multiplied with them,
+    weight: &'a [f32],
+    /// and then added.
+    bias: &'a [f32],
+    epsilon: f32,
+}
+
+impl PerToken for Then<'_> {
+    fn run<E: Element>(&self, row: usize, channels: usize, from: &[E], to: &mut [E]) {
+        let range = row * channels..(row + 1) * channels;
+        let then = Then { weight: &self.weight[range.clone()], bias: &self.bias[range], ..*self };
+        dispatch(Isa::best(), Normalise { then, from, to });
+    }
+}
+
+/// Tokens of one row.
 struct Normalise<'a, E> {
-    norm: &'a LayerNorm,
+    then: Then<'a>,
     from: &'a [E],
     to: &'a mut [E],
 }
@@ -90,12 +123,12 @@ impl<E: Element> Kernel for Normalise<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let LayerNorm { weight, bias, epsilon } = self.norm;
+        let Then { weight, bias, epsilon } = self.then;
         let channels = weight.len();
         for (from, to) in self.from.chunks_exact(channels).zip(self.to.chunks_exact_mut(channels)) {
             let mean = total(simd, from, 0.0, false) / channels as f32;
             let variance = total(simd, from, mean, true) / channels as f32;
-            let scale = simd.splat(1.0 / (variance + *epsilon as f32).sqrt());
+            let scale = simd.splat(1.0 / (variance + epsilon).sqrt());
             let mean = simd.splat(mean);
             for at in (0..channels).step_by(S::LANES) {
                 let count = S::LANES.min(channels - at);
@@ -120,7 +153,7 @@ impl<E: Element> Kernel for Normalise<'_, E> {
 
 /// The sum of all values' distances from `centre`, or of their squares.
 #[inline(always)]
-fn total<S: Simd, E: Element>(simd: S, values: &[E], centre: f32, squared: bool) -> f32 {
+pub(super) fn total<S: Simd, E: Element>(simd: S, values: &[E], centre: f32, squared: bool) -> f32 {
     let centre_lanes = simd.splat(centre);
     let term = |sum, value| {
         let distance = simd.sub(value, centre_lanes);
@@ -193,6 +226,53 @@ mod tests {
     }
 
     #[test]
+    fn a_modulated_norm_scales_and_shifts_each_row_by_its_own() {
+        for place in reference::places() {
+            for (dims, channels) in
+                [(vec![3, 7, 33], 33), (vec![2, 5], 5), (vec![2, 3, 5, 16], 16), (vec![2, 701, 96], 96)]
+            {
+                let x = Tensor::new(&reference::numbers(dims.iter().product(), 1), &dims, &place).unwrap();
+                let (scale, shift) =
+                    (tensor_at([dims[0], channels], 7, &place), tensor_at([dims[0], channels], 8, &place));
+                for norm in [norm(channels), LayerNorm::plain(channels, EPSILON)] {
+                    let (scales, shifts) = (reference::values(&scale), reference::values(&shift));
+                    let each = x.elements() / dims[0];
+                    let of_row = |at: usize| at / each * channels + at % channels;
+                    let normal = plain(&x, &norm).into_iter().enumerate();
+                    let expected: Vec<f32> =
+                        normal.map(|(at, value)| value * (1.0 + scales[of_row(at)]) + shifts[of_row(at)]).collect();
+                    let run =
+                        |x: &Tensor, scale: &Tensor, shift: &Tensor| norm.forward_modulated(x, scale, shift).unwrap();
+                    let got = run(&x, &scale, &shift);
+                    assert_eq!(got.dims(), x.dims());
+                    reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
+                    for index in 0..dims[0] {
+                        let [x, scale, shift] =
+                            [&x, &scale, &shift].map(|tensor| reference::row(tensor, index, &place));
+                        reference::assert_row_is(&got, index, &run(&x, &scale, &shift));
+                    }
+                    reference::assert_threads_do_not_show(|| run(&x, &scale, &shift));
+                    let [x, scale, shift] = [&x, &scale, &shift].map(reference::elsewhere);
+                    let there = reference::values(&run(&x, &scale, &shift));
+                    reference::assert_close(&there, &expected, 2e-5);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_norm_that_has_learned_nothing_only_normalises() {
+        let x = reference::tensor([2, 5, 33], 1);
+        let norm = LayerNorm::plain(33, EPSILON);
+        let got = reference::values(&norm.forward(&x).unwrap());
+        reference::assert_close(&got, &plain(&x, &norm), 2e-5);
+        for token in got.chunks(33) {
+            assert!(token.iter().sum::<f32>().abs() < 1e-4);
+            assert!((token.iter().map(|value| value * value).sum::<f32>() / 33.0 - 1.0).abs() < 1e-3);
+        }
+    }
+
+    #[test]
     fn neither_company_nor_threads_nor_damage_in_another_row_show() {
         for place in reference::places() {
             for (tokens, channels) in [(1, 5), (77, 33), (301, 320)] {
@@ -219,6 +299,11 @@ mod tests {
             assert!(norm(5).forward(&tensor_at([], 1, &place)).is_err());
         }
         assert!(LayerNorm::new(&parameter([5], 1), &parameter([6], 2), EPSILON).is_err());
+        let (x, vector) = (reference::tensor([2, 3, 5], 1), reference::tensor([2, 5], 2));
+        for misfit in [reference::tensor([3, 5], 2), reference::tensor([2, 6], 2), reference::elsewhere(&vector)] {
+            assert!(norm(5).forward_modulated(&x, &misfit, &vector).is_err());
+            assert!(norm(5).forward_modulated(&x, &vector, &misfit).is_err());
+        }
         assert!(norm(5).forward(&reference::elsewhere(&reference::tensor([2, 6], 1))).is_err());
         assert_eq!(norm(5).forward(&Tensor::new(&[], &[0, 5], &Place::host()).unwrap()).unwrap().dims(), [0, 5]);
     }

@@ -84,8 +84,32 @@ fn concat<T: Value>(left: (&[T], usize), right: (&[T], usize), to: &mut [T]) -> 
     })
 }
 
-/// The lines of `table` (lines, width) that `ids` name, plus those of `positions` from the first one on:
-/// (1, ids, width).
+/// The lines of `table` (lines, width) that `ids` name: (1, ids, width).
+pub(crate) fn select(ids: &[u32], table: &Tensor) -> Result<Tensor> {
+    let [lines, width] = dims2(table)?;
+    if ids.iter().any(|id| *id as usize >= lines) {
+        return Err(misuse(format!("ids beyond {lines} lines")));
+    }
+    if let Some(table) = table.device_values() {
+        let chosen = table.index_select(&candle_core::Tensor::new(ids, table.device())?, 0)?;
+        return Ok(Tensor::on_device(chosen.unsqueeze(0)?));
+    }
+    let table = table.host()?;
+    let mut chosen = Buffer::new(table.format(), ids.len() * width)?;
+    match table.format() {
+        Format::F32 => copy_lines::<f32>(ids, width, table, &mut chosen),
+        Format::Bf16 => copy_lines::<bf16>(ids, width, table, &mut chosen),
+    }
+    Ok(Tensor::on_host(chosen, &[1, ids.len(), width]))
+}
+
+fn copy_lines<T: Value>(ids: &[u32], width: usize, table: &Buffer, to: &mut Buffer) {
+    for (id, to) in ids.iter().zip(to.values_mut::<T>().chunks_exact_mut(width.max(1))) {
+        to.copy_from_slice(&table.values()[*id as usize * width..][..width]);
+    }
+}
+
+/// [`select`], plus the lines of `positions` from the first one on.
 pub(crate) fn embed(ids: &[u32], table: &Tensor, positions: &Tensor) -> Result<Tensor> {
     let ([lines, width], [most, _]) = (dims2(table)?, dims2(positions)?);
     if ids.len() > most || ids.iter().any(|id| *id as usize >= lines) {
@@ -145,6 +169,19 @@ mod tests {
         let (left, right, both) = (reference::values(&left), reference::values(&right), reference::values(&both));
         assert_eq!(both[..5], [left[0], left[1], right[0], right[1], right[2]]);
         assert_eq!(both[15..], [left[6], left[7], right[9], right[10], right[11]]);
+    }
+
+    #[test]
+    fn selected_lines_are_those_of_the_ids() {
+        for place in reference::places() {
+            let table = reference::tensor_at([5, 3], 1, &place);
+            let got = select(&[4, 0, 4], &table).unwrap();
+            assert_eq!(got.dims(), [1, 3, 3]);
+            let values = reference::values(&table);
+            assert_eq!(reference::values(&got), [&values[12..], &values[..3], &values[12..]].concat());
+            reference::assert_same(&select(&[4, 0, 4], &reference::elsewhere(&table)).unwrap(), &got);
+            assert!(select(&[5], &table).is_err());
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The linear layer.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::buffer::{Buffer, Format};
@@ -20,6 +22,9 @@ pub(crate) enum Activation {
     Silu,
     Gelu,
     QuickGelu,
+    /// GELU's approximation by tanh.
+    GeluTanh,
+    Relu,
     /// GEGLU: the first half of the outputs times GELU of the second half.
     Gate,
 }
@@ -84,47 +89,54 @@ impl Linear {
 
     /// (rows, …, in) → (rows, …, out).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None)
+        self.run(x, Added::default())
     }
 
     /// (rows, …, in) → (rows, …, out), plus `residual` of that shape.
     pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.run(x, Some(residual))
+        self.run(x, Added { residual: Some(residual), ..Added::default() })
     }
 
-    fn run(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    /// (rows, …, in) → (rows, …, out): the outputs times `gate` (rows, out), each row by its own, plus
+    /// `residual` as the outputs.
+    pub fn forward_gated(&self, x: &Tensor, gate: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.run(x, Added { gate: Some(gate), residual: Some(residual) })
+    }
+
+    fn run(&self, x: &Tensor, added: Added<'_>) -> Result<Tensor> {
         let Some((&inputs, before)) = x.dims().split_last() else {
             return Err(misuse("a linear layer was given a single number".to_owned()));
         };
         let outputs = if self.activation == Activation::Gate { self.outputs / 2 } else { self.outputs };
         let dims: Vec<usize> = before.iter().copied().chain([outputs]).collect();
-        if inputs != self.inputs || residual.is_some_and(|residual| residual.dims() != dims) {
+        let gated = |gate: &Tensor| before.first().is_some_and(|rows| gate.dims() == [*rows, outputs]);
+        let fitting = added.residual.is_none_or(|residual| residual.dims() == dims) && added.gate.is_none_or(gated);
+        if inputs != self.inputs || !fitting {
             return Err(misuse(format!("a linear layer of {} inputs was given {:?}", self.inputs, x.dims())));
         }
         match (&self.weight, &x.values) {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
                 let y = on_device(x, weight, bias.as_ref(), self.activation)?;
-                let Some(residual) = residual else { return Ok(Tensor::on_device(y)) };
-                let Some(residual) = residual.device_values() else {
-                    return Err(misuse("a linear layer and its residual are on different devices".to_owned()));
-                };
-                Ok(Tensor::on_device((y + residual)?))
+                Ok(Tensor::on_device(added.on_device(y)?))
             }
             (Weight::Host { panels, bias }, Values::Host(host)) => {
                 let (rows, positions) =
                     before.split_first().map_or((1, 1), |(rows, positions)| (*rows, positions.iter().product()));
-                let call = Call { panels, bias: bias.as_deref(), then: self.then(), rows, positions, outputs };
-                let residual = residual.map(Tensor::resolved).transpose()?;
+                let (gate, residual) = (added.gate.map(Tensor::resolved), added.residual.map(Tensor::resolved));
+                let (gate, residual) = (gate.transpose()?, residual.transpose()?);
+                let gate = gate.as_ref().map(Tensor::host).transpose()?;
                 let residual = residual.as_ref().map(Tensor::host).transpose()?;
+                let bias = bias.as_deref();
+                let call = Call { panels, bias, gate, residual, then: self.then(), rows, positions, outputs };
                 let other = |buffer: &Buffer| buffer.format() != panels.format();
-                if other(&host.buffer) || residual.is_some_and(other) {
+                if other(&host.buffer) || [gate, residual].into_iter().flatten().any(other) {
                     return Err(misuse(
                         "a linear layer, its input and what is added are of different formats".to_owned(),
                     ));
                 }
                 let output = match panels.format() {
-                    Format::F32 => call.run::<f32>(x, residual),
-                    Format::Bf16 => call.run::<bf16>(x, residual),
+                    Format::F32 => call.run::<f32>(x),
+                    Format::Bf16 => call.run::<bf16>(x),
                 }?;
                 Ok(Tensor::on_host(output, &dims))
             }
@@ -138,8 +150,38 @@ impl Linear {
             Activation::Silu => Then::Silu,
             Activation::Gelu => Then::Gelu,
             Activation::QuickGelu => Then::QuickGelu,
+            Activation::GeluTanh => Then::GeluTanh,
+            Activation::Relu => Then::Relu,
             Activation::Gate => Then::Gate,
         }
+    }
+}
+
+/// What becomes of the outputs.
+#[derive(Clone, Copy, Default)]
+struct Added<'a> {
+    /// (rows, out): multiplied with all outputs of a row.
+    gate: Option<&'a Tensor>,
+    /// Added last.
+    residual: Option<&'a Tensor>,
+}
+
+impl Added<'_> {
+    fn on_device(self, mut y: candle_core::Tensor) -> Result<candle_core::Tensor> {
+        let there = |tensor: &Tensor| match tensor.device_values() {
+            Some(values) => Ok(values.clone()),
+            None => Err(misuse("a linear layer and what is added are on different devices".to_owned())),
+        };
+        if let Some(gate) = self.gate {
+            let gate = there(gate)?;
+            let mut dims = vec![1; y.rank()];
+            (dims[0], dims[y.rank() - 1]) = gate.dims2()?;
+            y = y.broadcast_mul(&gate.reshape(dims)?)?;
+        }
+        Ok(match self.residual {
+            Some(residual) => (y + there(residual)?)?,
+            None => y,
+        })
     }
 }
 
@@ -163,6 +205,8 @@ fn panel_order(outputs: usize, activation: Activation) -> (usize, impl Fn(usize)
 struct Call<'a> {
     panels: &'a Panels,
     bias: Option<&'a [f32]>,
+    gate: Option<&'a Buffer>,
+    residual: Option<&'a Buffer>,
     then: Then,
     rows: usize,
     /// Positions of a row.
@@ -171,13 +215,14 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn run<E: Element>(&self, x: &Tensor, residual: Option<&Buffer>) -> Result<Buffer> {
+    fn run<E: Element>(&self, x: &Tensor) -> Result<Buffer> {
         let mut output = Buffer::new(E::FORMAT, self.rows * self.positions * self.outputs)?;
         let finish = Finish {
             outputs: self.outputs,
             bias: self.bias,
             per_row: None,
-            residual: residual.map(Buffer::values::<E>),
+            scale: self.gate.map(Buffer::values::<E>),
+            residual: self.residual.map(Buffer::values::<E>),
             then: self.then,
         };
         let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
@@ -216,12 +261,12 @@ impl Call<'_> {
         let slices = windows::slices(self.panels.outputs(), wanted.div_ceil(blocks.max(1)), self.then);
         run_tasks(blocks * slices.len(), work, |task| {
             let (slice, first) = (&slices[task / blocks], task % blocks * block);
-            let line =
-                Line { left: first * inner, output: first * outputs, row: 0, positions: block.min(positions - first) };
-            with_scratch(sums_len(line.positions), |sums| {
+            let count = block.min(positions - first);
+            let lines = self.lines(first..first + count);
+            with_scratch(sums_len(count), |sums| {
                 let block = Block {
                     left,
-                    lines: &[line],
+                    lines: &lines,
                     left_stride: inner,
                     output_stride: outputs,
                     weight: self.panels,
@@ -234,6 +279,23 @@ impl Call<'_> {
                 dispatch(Isa::best(), block);
             })
         })
+    }
+
+    /// These positions as lines: each row's its own where it matters whose they are.
+    fn lines(&self, positions: Range<usize>) -> Vec<Line> {
+        let (inner, outputs) = (self.panels.inner(), self.outputs);
+        let line = |row: usize, first: usize, end: usize| Line {
+            left: first * inner,
+            output: first * outputs,
+            row,
+            positions: end - first,
+        };
+        if self.gate.is_none() {
+            return vec![line(0, positions.start, positions.end)];
+        }
+        let of_row = self.positions.max(1);
+        let rows = positions.start / of_row..positions.end.div_ceil(of_row);
+        rows.map(|row| line(row, positions.start.max(row * of_row), positions.end.min((row + 1) * of_row))).collect()
     }
 }
 
@@ -259,6 +321,8 @@ fn on_device(
         Activation::Silu => y.silu()?,
         Activation::Gelu => y.gelu_erf()?,
         Activation::QuickGelu => (&y * candle_nn::ops::sigmoid(&(&y * 1.702)?)?)?,
+        Activation::GeluTanh => y.gelu()?,
+        Activation::Relu => y.relu()?,
         Activation::Gate => {
             let half = outputs / 2;
             let (value, gate) =

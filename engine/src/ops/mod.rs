@@ -10,9 +10,9 @@
 //! one row, so a row's numbers are bit for bit the same in any company and on any number of threads.
 //! Other devices use candle's kernels.
 //!
-//! Reading order: `tensor` (what is passed around), `linear`, `conv`, `upsample`, `norm`, `layer_norm`,
-//! `attention`, `activation`, `layout`; below them `windows` (convolution on the host), `kernel`, `buffer`
-//! (memory), `shared` (threads) and `parameter` (weights as they are stored).
+//! Reading order: `tensor` (what is passed around), `linear`, `conv`, `upsample`, `norm`, `layer_norm`, `rms_norm`,
+//! `attention`, `activation`, `layout`, `tokens`; below them `windows` (convolution on the host), `per_token`, `kernel`,
+//! `buffer` (memory), `shared` (threads) and `parameter` (weights as they are stored).
 
 mod parameter;
 mod tensor;
@@ -24,10 +24,13 @@ mod layer_norm;
 mod layout;
 mod linear;
 mod norm;
+mod rms_norm;
+mod tokens;
 mod upsample;
 
 mod buffer;
 mod kernel;
+mod per_token;
 mod shared;
 mod windows;
 mod winograd;
@@ -35,17 +38,19 @@ mod winograd;
 #[cfg(test)]
 mod reference;
 
-pub(crate) use activation::silu;
-pub(crate) use attention::{Mask, attention};
+pub(crate) use activation::{multiply, silu};
+pub(crate) use attention::{Mask, attention, relative_attention};
 pub(crate) use buffer::release_memory;
 pub(crate) use conv::{Conv2d, ConvShape};
 pub(crate) use kernel::isa::Isa;
 pub(crate) use layer_norm::LayerNorm;
-pub(crate) use layout::{channels_first, concat_channels, embed, feature_map};
+pub(crate) use layout::{channels_first, concat_channels, embed, feature_map, select};
 pub(crate) use linear::{Activation, Linear};
 pub(crate) use norm::GroupNorm;
 pub(crate) use parameter::{Parameter, Stored};
+pub(crate) use rms_norm::RmsNorm;
 pub(crate) use tensor::{Place, Tensor};
+pub(crate) use tokens::{cat_tokens, split_channels, split_tokens};
 pub(crate) use upsample::UpsampleConv;
 
 /// An operation was given tensors that do not fit it; the models check what comes from outside.

@@ -177,6 +177,13 @@ pub(super) fn quick_gelu(x: f64) -> f64 {
     x / (1.0 + (-1.702 * x).exp())
 }
 
+/// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
+pub(super) fn gelu_tanh(x: f64) -> f64 {
+    // Not by tanh itself, of which nothing is left far below zero.
+    let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+    x / (1.0 + (-2.0 * u).exp())
+}
+
 /// A convolution by its definition: its dimensions and values. `weight` is (out, in, height, width).
 pub(super) fn convolution(
     x: &Tensor,

@@ -35,6 +35,13 @@ impl Place {
         Self { dtype: DType::F32, ..self.clone() }
     }
 
+    /// The same place with a format that holds numbers as large as `f32` does.
+    pub fn with_wide_range(&self) -> Self {
+        let dtype = if self.dtype == DType::F16 { DType::BF16 } else { self.dtype };
+        // The processor computes `f16` as `f32`.
+        if self.device.is_cpu() { self.clone() } else { Self { dtype, ..self.clone() } }
+    }
+
     /// The format of tensors on the host; `None` elsewhere.
     pub(super) fn on_host(&self) -> Option<Format> {
         self.device.is_cpu().then_some(if self.dtype == DType::BF16 { Format::Bf16 } else { Format::F32 })
@@ -117,6 +124,16 @@ impl Tensor {
         match &self.resolved()?.values {
             Values::Host(host) => Ok(host.buffer.to_f32()),
             Values::Device(tensor) => Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
+        }
+    }
+
+    /// The same values in `place`'s format; `place` must be where they are.
+    pub fn in_format_of(&self, place: &Place) -> Result<Self> {
+        match (&self.values, place.on_host()) {
+            (Values::Device(tensor), None) => Ok(Self::on_device(tensor.to_dtype(place.dtype)?)),
+            (Values::Host(_), Some(format)) if self.format() == Some(format) => Ok(self.clone()),
+            (Values::Host(_), Some(_)) => Self::new(&self.to_values()?, &self.dims, place),
+            _ => Err(misuse("a tensor is not where its values are wanted".to_owned())),
         }
     }
 
@@ -262,6 +279,20 @@ mod tests {
             (24, 12)
         );
         assert_eq!(reference::elsewhere(&tensor_at([2, 3], 1, &half)).bytes(), 24);
+    }
+
+    #[test]
+    fn values_change_their_format_and_nothing_else() {
+        let (full, half) = (Place::host(), reference::bf16_place());
+        let x = reference::tensor([2, 3], 1);
+        let rounded = tensor_at([2, 3], 1, &half);
+        reference::assert_same(&x.in_format_of(&half).unwrap(), &rounded);
+        assert_eq!(x.in_format_of(&half).unwrap().format(), Some(Format::Bf16));
+        reference::assert_same(&rounded.in_format_of(&full).unwrap(), &rounded);
+        reference::assert_same(&x.in_format_of(&full).unwrap(), &x);
+        assert!(reference::elsewhere(&x).in_format_of(&full).is_err());
+        let half = Place::new(&Device::Cpu, DType::F16);
+        assert_eq!((half.with_wide_range().on_host(), half.on_host()), (Some(Format::F32), Some(Format::F32)));
     }
 
     #[test]

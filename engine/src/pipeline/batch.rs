@@ -53,8 +53,8 @@ impl RunningBatch {
     pub fn join(&mut self, id: RowId, request: &RowRequest) -> Result<()> {
         self.check(id, request)?;
         let checkpoint = &self.checkpoint;
-        let config = checkpoint.sampler_config();
-        let sampler = sampler::build(config, request.sampler, request.schedule, request.steps)?;
+        let (config, flow) = (checkpoint.sampler_config(), checkpoint.flow(self.latent_shape()));
+        let sampler = sampler::build(config, request.sampler, request.schedule, request.steps, flow)?;
         if sampler.timesteps().is_empty() {
             return Err(Error::request("steps", "enough for one denoiser call", request.steps));
         }

@@ -9,7 +9,7 @@ use super::family::{Conditions, Family, ModelRow, Parts};
 use super::{picture, sd, sdxl};
 use crate::config::ConfigFile;
 use crate::ops::{self, Place};
-use crate::sampler::SamplerConfig;
+use crate::sampler::{Flow, SamplerConfig};
 use crate::text::EmbeddingCache;
 use crate::vae::Vae;
 use crate::{CacheCounts, Device, Error, Latent, Precision, Result, RowRequest};
@@ -140,6 +140,11 @@ impl Checkpoint {
     /// Channels of a latent.
     pub(crate) fn latent_channels(&self) -> usize {
         self.vae.config.latent_channels
+    }
+
+    /// What noise levels depend on besides the scheduler's file.
+    pub(super) fn flow(&self, shape: [usize; 3]) -> Flow {
+        self.family.flow(shape)
     }
 
     /// What samplers are built from.

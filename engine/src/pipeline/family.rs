@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::config::ConfigFile;
 use crate::guidance::guide;
 use crate::ops::{Place, Tensor};
+use crate::sampler::Flow;
 use crate::text::EmbeddingCache;
 use crate::vae::VaeConfig;
 use crate::{Error, Result, RowRequest};
@@ -75,6 +76,12 @@ pub(super) trait Family: Send + Sync {
     /// Whether the family's pipeline overrules values of `scheduler_config.json`.
     fn overrules_sampler(&self) -> bool {
         false
+    }
+
+    /// What the noise levels of a checkpoint trained by flow matching depend on, for latents of `shape`'s channels,
+    /// height and width.
+    fn flow(&self, _shape: [usize; 3]) -> Flow {
+        Flow::default()
     }
 
     /// Latent values along a side that the denoiser takes as one.

@@ -18,8 +18,9 @@ use super::options::{CONFIG_FILE, Options, refuse};
 use super::{SamplerKind, ScheduleKind};
 use crate::{Error, Result};
 
-/// Every class that diffusers counts as interchangeable, and the one that we have for it.
-const CLASSES: [(&str, Option<SamplerKind>); 16] = [
+/// Every class that diffusers counts as interchangeable, and the one that we have for it; and that of models
+/// trained by flow matching, which is interchangeable with no other.
+const CLASSES: [(&str, Option<SamplerKind>); 17] = [
     ("DDIMScheduler", Some(SamplerKind::Ddim)),
     ("EulerDiscreteScheduler", Some(SamplerKind::Euler)),
     ("EulerAncestralDiscreteScheduler", Some(SamplerKind::EulerAncestral)),
@@ -36,6 +37,7 @@ const CLASSES: [(&str, Option<SamplerKind>); 16] = [
     ("LCMScheduler", None),
     ("LMSDiscreteScheduler", None),
     ("UniPCMultistepScheduler", None),
+    ("FlowMatchEulerDiscreteScheduler", Some(SamplerKind::FlowMatchEuler)),
 ];
 
 /// The flags by which a configuration names its schedule.
@@ -75,7 +77,7 @@ impl SamplerConfig {
     /// Reads the file's value.
     ///
     /// # Errors
-    /// Where it is no object or names no class of Stable Diffusion's samplers. A class that Kiln lacks is
+    /// Where it is no object or names no class of the samplers of Stable Diffusion or of flow matching. A class that Kiln lacks is
     /// accepted here, since a request may name another sampler.
     pub fn from_json(value: &Value) -> Result<Self> {
         let values = value.as_object().ok_or_else(|| Error::checkpoint(CONFIG_FILE, "not a JSON object"))?;
@@ -100,10 +102,14 @@ impl SamplerConfig {
         schedule: Option<ScheduleKind>,
     ) -> Result<(SamplerKind, Options)> {
         let chosen = kind.or(self.kind).ok_or_else(|| {
-            let known = SamplerKind::ALL.map(SamplerKind::as_str).join(", ");
+            let known = self.possible().join(", ");
             let value = format!("left to the checkpoint, which names `{}`", self.class);
             Error::request("sampler", format!("one of {known}"), value)
         })?;
+        if !self.possible().contains(&chosen.as_str()) {
+            let limit = format!("{} for this checkpoint, which names `{}`", one_of(&self.possible()), self.class);
+            return Err(Error::request("sampler", limit, chosen));
+        }
         let on_timesteps = matches!(chosen, SamplerKind::Ddim | SamplerKind::Pndm);
         if on_timesteps && let Some(schedule) = schedule.filter(|schedule| *schedule != ScheduleKind::Normal) {
             return Err(Error::request("schedule", format!("normal for the sampler {chosen}"), schedule));
@@ -133,14 +139,28 @@ impl SamplerConfig {
         Ok((chosen, Options::new(values)))
     }
 
+    /// The samplers that fit what the checkpoint was trained for.
+    fn possible(&self) -> Vec<&'static str> {
+        let flow = self.kind == Some(SamplerKind::FlowMatchEuler);
+        let fits = |kind: &SamplerKind| (*kind == SamplerKind::FlowMatchEuler) == flow;
+        SamplerKind::ALL.into_iter().filter(fits).map(SamplerKind::as_str).collect()
+    }
+
     /// Whether the file alone gives this sampler this schedule.
     fn says(&self, chosen: SamplerKind, schedule: ScheduleKind) -> bool {
         match chosen {
-            SamplerKind::Euler | SamplerKind::Dpmpp2m => SCHEDULE_FLAGS
+            SamplerKind::Euler | SamplerKind::Dpmpp2m | SamplerKind::FlowMatchEuler => SCHEDULE_FLAGS
                 .iter()
                 .all(|(flag, named)| (self.values.get(*flag) == Some(&Value::Bool(true))) == (*named == schedule)),
             _ => schedule == ScheduleKind::Normal,
         }
+    }
+}
+
+fn one_of(words: &[&str]) -> String {
+    match words {
+        [only] => (*only).to_owned(),
+        several => format!("one of {}", several.join(", ")),
     }
 }
 
@@ -227,9 +247,25 @@ mod tests {
 
     #[test]
     fn a_class_of_another_family_is_refused_by_name() {
-        let value = json!({"_class_name": "FlowMatchEulerDiscreteScheduler"});
-        let error = SamplerConfig::from_json(&value).expect_err("not for this family").to_string();
-        assert!(error.contains("_class_name") && error.contains("FlowMatchEulerDiscreteScheduler"), "{error}");
+        let value = json!({"_class_name": "FlowMatchHeunDiscreteScheduler"});
+        let error = SamplerConfig::from_json(&value).expect_err("not ours").to_string();
+        assert!(error.contains("_class_name") && error.contains("FlowMatchHeunDiscreteScheduler"), "{error}");
+    }
+
+    #[test]
+    fn what_was_trained_by_flow_matching_takes_its_own_sampler_and_nothing_else_does() {
+        let flow = config(json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}));
+        assert_eq!(flow.choose(None, None).ok().map(|(kind, _)| kind), Some(SamplerKind::FlowMatchEuler));
+        assert!(flow.choose(Some(SamplerKind::FlowMatchEuler), Some(ScheduleKind::Beta)).is_ok());
+        let error = flow.choose(Some(SamplerKind::Dpmpp2m), None).expect_err("of another kind").to_string();
+        let expected = "`sampler` must be flow_match_euler for this checkpoint, which names \
+                        `FlowMatchEulerDiscreteScheduler`, but is dpmpp_2m";
+        assert_eq!(error, expected);
+        let other = config(json!({"_class_name": "DDIMScheduler"}));
+        let error = other.choose(Some(SamplerKind::FlowMatchEuler), None).expect_err("of another kind").to_string();
+        let expected = "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm for this checkpoint, which \
+                        names `DDIMScheduler`, but is flow_match_euler";
+        assert_eq!(error, expected);
     }
 
     #[test]

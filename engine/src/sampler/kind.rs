@@ -18,11 +18,14 @@ pub enum SamplerKind {
     Dpmpp2m,
     /// Pseudo numerical methods: Runge-Kutta steps (unless the checkpoint skips them), then PLMS.
     Pndm,
+    /// Euler's method for models that were trained by flow matching.
+    FlowMatchEuler,
 }
 
 impl SamplerKind {
     /// Every sampler.
-    pub const ALL: [Self; 5] = [Self::Ddim, Self::Euler, Self::EulerAncestral, Self::Dpmpp2m, Self::Pndm];
+    pub const ALL: [Self; 6] =
+        [Self::Ddim, Self::Euler, Self::EulerAncestral, Self::Dpmpp2m, Self::Pndm, Self::FlowMatchEuler];
 
     /// The word used in JSON and logs.
     pub fn as_str(self) -> &'static str {
@@ -32,6 +35,7 @@ impl SamplerKind {
             Self::EulerAncestral => "euler_ancestral",
             Self::Dpmpp2m => "dpmpp_2m",
             Self::Pndm => "pndm",
+            Self::FlowMatchEuler => "flow_match_euler",
         }
     }
 }
@@ -113,7 +117,10 @@ mod tests {
     #[test]
     fn an_unknown_word_is_refused_with_the_known_ones() {
         let error = "heun".parse::<SamplerKind>().expect_err("not ours").to_string();
-        assert_eq!(error, "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm, but is `heun`");
+        assert_eq!(
+            error,
+            "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm, flow_match_euler, but is `heun`"
+        );
         let error = "sgm".parse::<ScheduleKind>().expect_err("not ours").to_string();
         assert_eq!(error, "`schedule` must be one of normal, karras, exponential, beta, but is `sgm`");
     }

@@ -21,6 +21,7 @@ mod ddim;
 mod dpmpp_2m;
 mod euler;
 mod euler_ancestral;
+mod flow_match_euler;
 mod pndm;
 
 #[cfg(test)]
@@ -55,19 +56,30 @@ pub trait Sampler: Send {
     fn step(&mut self, call: usize, sample: &[f32], model_output: &[f32], noise: &mut NoiseSource) -> Vec<f32>;
 }
 
+/// What a flow-matching model's noise levels depend on besides the checkpoint's `scheduler_config.json`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Flow {
+    /// Tokens of the picture, by which checkpoints with dynamic shifting shift their levels.
+    pub image_tokens: usize,
+    /// Whether the levels before any shift are even from 1 to 1/steps, not those of the training schedule.
+    pub unit_levels: bool,
+}
+
 /// The sampler of a row. `kind` and `schedule` are the request's; `None` leaves them to the checkpoint.
 ///
 /// # Errors
 /// - Naming `steps`: none or more than the checkpoint's training timesteps, or more (for `pndm` also fewer)
 ///   than the sampler can take.
-/// - Naming `sampler` or `schedule`: a choice left to a checkpoint that names a sampler Kiln lacks, or a
-///   schedule that the sampler has not (`ddim` and `pndm` have only `normal`).
+/// - Naming `sampler` or `schedule`: a choice left to a checkpoint that names a sampler Kiln lacks, a sampler that
+///   does not fit what the checkpoint was trained for (`flow_match_euler` is for flow matching, the others are
+///   not), or a schedule that the sampler has not (`ddim` and `pndm` have only `normal`).
 /// - Naming a key of the checkpoint's `scheduler_config.json`: a value that the sampler cannot honour.
 pub fn build(
     config: &SamplerConfig,
     kind: Option<SamplerKind>,
     schedule: Option<ScheduleKind>,
     steps: usize,
+    flow: Flow,
 ) -> Result<Box<dyn Sampler>> {
     let (kind, options) = config.choose(kind, schedule)?;
     let most = options.count("num_train_timesteps", 1000)?;
@@ -80,6 +92,7 @@ pub fn build(
         SamplerKind::EulerAncestral => euler_ancestral::build(&options, steps),
         SamplerKind::Dpmpp2m => dpmpp_2m::build(&options, steps),
         SamplerKind::Pndm => pndm::build(&options, steps),
+        SamplerKind::FlowMatchEuler => flow_match_euler::build(&options, steps, flow),
     }
 }
 

@@ -39,6 +39,17 @@ impl Options {
         }
     }
 
+    /// A finite number; null or absent: none.
+    pub(super) fn optional_number(&self, name: &str) -> Result<Option<f64>> {
+        match self.values.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match self.number(name, 0.0)? {
+                number if number.is_finite() => Ok(Some(number)),
+                _ => Err(refuse(name, "a finite number", Some(value))),
+            },
+        }
+    }
+
     /// A finite number above zero; null or absent: none.
     pub(super) fn optional_positive(&self, name: &str) -> Result<Option<f64>> {
         match self.values.get(name) {

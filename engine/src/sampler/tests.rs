@@ -1,4 +1,5 @@
-//! Every sampler against diffusers' trajectories over a dummy model: `tests/fixtures/samplers.py` makes them.
+//! Every sampler against diffusers' trajectories over a dummy model: `tests/fixtures/samplers.py` and
+//! `flow_samplers.py` make them.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ const TOLERANCE: f32 = 1e-5;
 const SHARE_OF_LARGEST: f32 = 0.02;
 const VALUES: usize = 16;
 
-#[derive(serde::Deserialize)]
+#[derive(Clone, serde::Deserialize)]
 struct Case {
     config: String,
     sampler: Option<String>,
@@ -22,13 +23,17 @@ struct Case {
     init_noise_sigma: f32,
     /// How far rounding alone can move this trajectory, where it matters.
     sensitivity: f32,
+    #[serde(default)]
+    image_tokens: usize,
+    #[serde(default)]
+    unit_levels: bool,
 }
 
 /// The rows of a trajectory: a timestep and the sample after its call.
 type Trajectory = Vec<Vec<f32>>;
 
-fn goldens() -> Vec<(Case, Trajectory)> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/goldens/samplers.safetensors");
+fn goldens(file: &str) -> Vec<(Case, Trajectory)> {
+    let path = format!("{}/tests/fixtures/goldens/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
     let bytes = std::fs::read(path).expect("the goldens are committed");
     let (_, header) = SafeTensors::read_metadata(&bytes).expect("a safetensors file");
     let cases = &header.metadata().as_ref().expect("metadata")["cases"];
@@ -53,7 +58,8 @@ fn sampler(case: &Case) -> Result<(SamplerKind, Box<dyn Sampler>)> {
     let kind = case.sampler.as_deref().map(str::parse).transpose()?;
     let schedule = case.schedule.as_deref().map(str::parse).transpose()?;
     let (chosen, _) = config.choose(kind, schedule)?;
-    Ok((chosen, build(&config, kind, schedule, case.steps)?))
+    let flow = Flow { image_tokens: case.image_tokens, unit_levels: case.unit_levels };
+    Ok((chosen, build(&config, kind, schedule, case.steps, flow)?))
 }
 
 /// The largest error of the samples, relative to their scale.
@@ -80,7 +86,8 @@ fn worst_error(case: &Case, sampler: &mut dyn Sampler, expected: &Trajectory) ->
 fn every_trajectory_is_diffusers_for_every_option() {
     let mut worst: BTreeMap<&str, (usize, f32)> = BTreeMap::new();
     let mut failures = Vec::new();
-    for (index, (case, expected)) in goldens().iter().enumerate() {
+    let goldens = [goldens("samplers"), goldens("flow_samplers")].concat();
+    for (index, (case, expected)) in goldens.iter().enumerate() {
         let (kind, mut sampler) = match sampler(case) {
             Ok(found) => found,
             Err(error) => {
@@ -114,13 +121,13 @@ fn every_trajectory_is_diffusers_for_every_option() {
 }
 
 fn built(config: serde_json::Value, kind: &str, steps: usize) -> Result<Box<dyn Sampler>> {
-    build(&SamplerConfig::from_json(&config)?, Some(kind.parse()?), None, steps)
+    build(&SamplerConfig::from_json(&config)?, Some(kind.parse()?), None, steps, Flow::default())
 }
 
 #[test]
 fn every_number_of_steps_gives_a_finite_trajectory_or_a_clear_refusal() {
     let mut refused = 0;
-    for kind in SamplerKind::ALL {
+    for kind in SamplerKind::ALL.into_iter().filter(|kind| *kind != SamplerKind::FlowMatchEuler) {
         for spacing in ["linspace", "leading", "trailing"] {
             for steps in (1..40).chain([61, 103, 250, 499, 500, 501, 998, 999, 1000]) {
                 let config = serde_json::json!({

@@ -12,12 +12,14 @@ use crate::ops::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
 pub(in crate::ops) use super::attention_pack::Shape;
 
 /// softmax(q · kᵀ / √d) · v of each head; `query` (rows, queries, channels), `key` and `value` (rows, keys,
-/// channels). There must be keys.
+/// channels). There must be keys. With `distances` (heads, queries + keys - 1) the scores are not divided by √d;
+/// that of query i and key j has the value at i - j + keys - 1 added.
 pub(in crate::ops) fn attention<E: Probability>(
     isa: Isa,
     query: &[E],
     key: &[E],
     value: &[E],
+    distances: Option<&[f32]>,
     shape: Shape,
 ) -> Result<Buffer> {
     let Shape { rows, queries, keys, channels, heads, causal } = shape;
@@ -25,6 +27,14 @@ pub(in crate::ops) fn attention<E: Probability>(
     assert!(keys > 0 && width > 0 && width * heads == channels, "shape of an attention");
     assert!(query.len() == rows * queries * channels, "queries of an attention");
     assert!(key.len() == rows * keys * channels && value.len() == key.len(), "keys of an attention");
+    let reach = queries + keys - 1;
+    assert!(distances.is_none_or(|distances| distances.len() == heads * reach), "distances of an attention");
+    // With room for the whole vectors that the last queries are part of.
+    let distances: Option<Vec<Vec<f32>>> = distances.map(|distances| {
+        let padded = |of_head: &[f32]| of_head.iter().copied().chain([0.0; GROUP]).collect();
+        distances.chunks(reach).map(padded).collect()
+    });
+    let scale = if distances.is_some() { 1.0 } else { 1.0 / (width as f32).sqrt() };
     let (packed_keys, packed_values) = pack(key, value, shape)?;
     let (keys_len, values_len) = (keys * depth, keys.next_multiple_of(block_keys::<E>()) * width);
     let mut output = Buffer::new(E::FORMAT, query.len())?;
@@ -39,18 +49,21 @@ pub(in crate::ops) fn attention<E: Probability>(
         let (first_head, first) = (task / cuts * together, task % cuts * per_task);
         let count = per_task.min(queries - first);
         let start = (first_head / heads * queries + first) * channels + first_head % heads * width;
-        let heads = (first_head..first_head + together).map(|head| Head {
+        let of_heads = (first_head..first_head + together).map(|head| Head {
             keys: &packed_keys.values()[head * keys_len..][..keys_len],
             values: &packed_values.values()[head * values_len..][..values_len],
             count: keys,
             width,
             depth,
-            scale: std::f32::consts::LOG2_E / (width as f32).sqrt(),
+            scale: std::f32::consts::LOG2_E * scale,
             causal,
+            distances: distances.as_ref().map(|distances| distances[head % heads].as_slice()),
         });
         let queries =
             Queries { from: query, to: &shared, lines: Lines { start, stride: channels, count, width }, first };
-        with_scratch(narrow, |narrow| with_scratch(wide, |wide| dispatch(isa, Task { heads, queries, narrow, wide })))?
+        with_scratch(narrow, |narrow| {
+            with_scratch(wide, |wide| dispatch(isa, Task { heads: of_heads, queries, narrow, wide }))
+        })?
     })?;
     Ok(output)
 }

@@ -36,6 +36,9 @@ pub(super) struct Head<'a, E> {
     /// What makes scores exponents of 2.
     pub scale: f32,
     pub causal: bool,
+    /// What is added to a score, by how far the query lies behind the last key; a whole group's behind the last
+    /// query.
+    pub distances: Option<&'a [f32]>,
 }
 
 /// Neighbouring queries of one head, and where their outputs go: to the same places.
@@ -125,6 +128,8 @@ impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
         let Head { keys, values, count, width, depth, .. } = head;
         assert!(depth == width.next_multiple_of(E::DEPTH) && keys.len() == count * depth, "packed keys");
         assert!(values.len() == count.next_multiple_of(block_keys::<E>()) * width, "packed values");
+        let behind = queries.first + Self::LANES + count - 1;
+        assert!(head.distances.is_none_or(|distances| behind <= distances.len()), "distances of keys");
         assert!(queries.lines.width == width && queries.lines.count <= Self::LANES, "queries of a group");
         let (lanes, block) = narrow.split_at_mut(depth * Self::LANES);
         let (block, outputs) = (&mut block[..block_keys::<E>() * Self::LANES], &mut wide[..depth * Self::LANES]);

@@ -44,6 +44,9 @@ impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
             let zeros = [[simd.splat(0.0); V]; M];
             products::<S, E, M, V>(simd, zeros, keys, head.depth, self.lanes.as_ptr(), head.depth / E::DEPTH)
         };
+        if let Some(distances) = head.distances {
+            self.add_distances(key, distances, &mut scores);
+        }
         if head.causal && key + M > self.queries.first + 1 {
             self.hide(key, &mut scores);
         }
@@ -105,6 +108,23 @@ impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
             unsafe {
                 let to = to.add(line * Self::LANES + vector * S::LANES * E::DEPTH);
                 E::store_line(simd, to, first, second);
+            }
+        }
+    }
+
+    /// Adds to the scores of the keys from `key` on what their distances from the queries give.
+    #[inline(always)]
+    fn add_distances<const M: usize>(&self, key: usize, distances: &[f32], scores: &mut [[S::F32; V]; M]) {
+        for (line, scores) in scores.iter_mut().enumerate() {
+            // The queries of a vector are ever farther from one key.
+            let start = self.queries.first + self.head.count - 1 - (key + line);
+            for (vector, score) in scores.iter_mut().enumerate() {
+                // SAFETY: `new` saw to the distances of all queries of the group from the first key, and others are
+                // nearer.
+                unsafe {
+                    let of_vector = distances.as_ptr().add(start + vector * S::LANES);
+                    *score = self.simd.add(*score, self.simd.load(of_vector));
+                }
             }
         }
     }

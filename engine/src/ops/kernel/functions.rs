@@ -37,6 +37,23 @@ pub(in crate::ops) fn quick_gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     simd.mul(x, simd.reciprocal(simd.add(one, power)))
 }
 
+/// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))): what some models were trained with in GELU's place. As
+/// (1 + tanh u) / 2 is σ(2u), no sum cancels.
+#[inline(always)]
+pub(in crate::ops) fn gelu_tanh<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    /// 2 · √(2/π)
+    const SLOPE: f32 = 1.595_769_1;
+    let cubic = simd.mul_add(simd.mul(x, x), simd.splat(-SLOPE * 0.044_715), simd.splat(-SLOPE));
+    let power = exp(simd, simd.mul(cubic, x));
+    simd.mul(x, simd.reciprocal(simd.add(simd.splat(1.0), power)))
+}
+
+/// The larger of x and 0; a NaN stays one.
+#[inline(always)]
+pub(in crate::ops) fn relu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+    simd.max(simd.splat(0.0), x)
+}
+
 /// x · Φ(x) = x/2 · erfc(-x/√2), the exact one.
 #[inline(always)]
 pub(in crate::ops) fn gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
@@ -81,7 +98,12 @@ mod tests {
         Silu,
         Gelu,
         QuickGelu,
+        GeluTanh,
+        Relu,
     }
+
+    const ALL: [Function; 6] =
+        [Function::Exp, Function::Silu, Function::Gelu, Function::QuickGelu, Function::GeluTanh, Function::Relu];
 
     /// A function of each of some numbers.
     struct Each<'a>(Function, &'a [f32]);
@@ -102,6 +124,8 @@ mod tests {
                         Function::Silu => silu(simd, x),
                         Function::Gelu => gelu(simd, x),
                         Function::QuickGelu => quick_gelu(simd, x),
+                        Function::GeluTanh => gelu_tanh(simd, x),
+                        Function::Relu => relu(simd, x),
                     };
                     simd.store_some(to.as_mut_ptr(), value, from.len());
                 }
@@ -156,6 +180,21 @@ mod tests {
     }
 
     #[test]
+    fn the_tanh_approximation_is_itself_and_not_the_exact_gelu() {
+        assert_near(Function::GeluTanh, &hundredths(-600, 600), reference::gelu_tanh, 1e-6, false);
+        let beyond = [-1e4, -100.0, -20.0, -7.0, 7.0, 20.0, 100.0, 1e4];
+        assert_near(Function::GeluTanh, &beyond, |x| x.max(0.0), 1e-6, false);
+        assert_near(Function::GeluTanh, &[1e10, 1e30], |x| x, 1e-7, true);
+        let apart = |x: &f32| (reference::gelu_tanh(f64::from(*x)) - reference::gelu(f64::from(*x))).abs();
+        assert!(hundredths(0, 400).iter().map(apart).fold(0.0, f64::max) > 4e-4);
+    }
+
+    #[test]
+    fn a_relu_is_exact() {
+        assert_near(Function::Relu, &hundredths(-300, 300), |x| x.max(0.0), 0.0, false);
+    }
+
+    #[test]
     fn silu_and_quick_gelu_follow_their_definitions() {
         let xs = [hundredths(-2000, 2000), vec![-1e4, -100.0, -88.5, 88.5, 100.0]].concat();
         assert_near(Function::Silu, &xs, reference::silu, 2e-6, false);
@@ -171,6 +210,7 @@ mod tests {
             (Function::Silu, reference::silu as fn(f64) -> f64),
             (Function::Gelu, reference::gelu),
             (Function::QuickGelu, reference::quick_gelu),
+            (Function::GeluTanh, reference::gelu_tanh),
         ] {
             for isa in Isa::available() {
                 for (x, got) in small.iter().zip(dispatch(isa, Each(function, &small))) {
@@ -187,11 +227,11 @@ mod tests {
     #[test]
     fn what_is_no_number_stays_visible_and_zero_stays_zero() {
         for isa in Isa::available() {
-            for function in [Function::Exp, Function::Silu, Function::Gelu, Function::QuickGelu] {
+            for function in ALL {
                 let got = dispatch(isa, Each(function, &[f32::NAN, -f32::NAN, 1.0]));
                 assert!(got[0].is_nan() && got[1].is_nan() && got[2].is_finite(), "{isa}: {function:?} {got:?}");
             }
-            for function in [Function::Silu, Function::Gelu, Function::QuickGelu] {
+            for function in ALL.into_iter().filter(|function| ![Function::Exp, Function::Relu].contains(function)) {
                 let got = dispatch(isa, Each(function, &[f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0]));
                 assert!(!got[0].is_finite() && !got[1].is_finite(), "{isa}: {function:?} {got:?}");
                 assert_eq!(got[2..], [0.0, 0.0], "{isa}: {function:?}");

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::element::Element;
-use super::functions::{gelu, quick_gelu, silu};
+use super::functions::{gelu, gelu_tanh, quick_gelu, relu, silu};
 use super::isa::Kernel;
 use super::panels::{PANEL, Panels};
 use super::simd::Simd;
@@ -29,6 +29,8 @@ pub(in crate::ops) enum Then {
     Silu,
     Gelu,
     QuickGelu,
+    GeluTanh,
+    Relu,
     /// Panels alternate between values and their gates: value · gelu(gate).
     Gate,
 }
@@ -41,6 +43,8 @@ pub(in crate::ops) struct Finish<'a, E> {
     pub bias: Option<&'a [f32]>,
     /// (rows, outputs): added to all positions of a row, after `then`.
     pub per_row: Option<&'a [E]>,
+    /// (rows, outputs): multiplied with all positions of a row, next.
+    pub scale: Option<&'a [E]>,
     /// As the output: added at its place, last.
     pub residual: Option<&'a [E]>,
     pub then: Then,
@@ -238,6 +242,7 @@ impl<E: Element> Finish<'_, E> {
         let biases = if self.then == Then::Gate { 2 * outputs } else { outputs };
         assert!(self.bias.is_none_or(|bias| bias.len() == biases), "size of a bias");
         assert!(self.per_row.is_none_or(|values| (row + 1) * outputs <= values.len()), "rows of what is added");
+        assert!(self.scale.is_none_or(|values| (row + 1) * outputs <= values.len()), "rows of a scale");
         assert!(self.residual.is_none_or(|values| values.len() == len), "size of a residual");
     }
 
@@ -266,9 +271,14 @@ impl<E: Element> Finish<'_, E> {
                 Then::Silu => silu(simd, value),
                 Then::Gelu => gelu(simd, value),
                 Then::QuickGelu => quick_gelu(simd, value),
+                Then::GeluTanh => gelu_tanh(simd, value),
+                Then::Relu => relu(simd, value),
             };
             if let Some(values) = self.per_row {
                 value = simd.add(value, some(simd, values.as_ptr().add(row * self.outputs + output), count));
+            }
+            if let Some(values) = self.scale {
+                value = simd.mul(value, some(simd, values.as_ptr().add(row * self.outputs + output), count));
             }
             if let Some(values) = self.residual {
                 value = simd.add(value, some(simd, values.as_ptr().add(target + output), count));

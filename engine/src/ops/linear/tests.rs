@@ -2,8 +2,15 @@ use super::*;
 use crate::ops::norm::GroupNorm;
 use crate::ops::reference::{self, parameter, tensor_at};
 
-const ACTIVATIONS: [Activation; 5] =
-    [Activation::Nothing, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Gate];
+const ACTIVATIONS: [Activation; 7] = [
+    Activation::Nothing,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::QuickGelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+    Activation::Gate,
+];
 
 /// The definition, with each sum in `f64`.
 fn plain(x: &Tensor, weight: &[f32], bias: &[f32], activation: Activation, residual: Option<&Tensor>) -> Vec<f32> {
@@ -23,6 +30,8 @@ fn plain(x: &Tensor, weight: &[f32], bias: &[f32], activation: Activation, resid
             Activation::Silu => of_token.into_iter().map(reference::silu).collect(),
             Activation::Gelu => of_token.into_iter().map(reference::gelu).collect(),
             Activation::QuickGelu => of_token.into_iter().map(reference::quick_gelu).collect(),
+            Activation::GeluTanh => of_token.into_iter().map(reference::gelu_tanh).collect(),
+            Activation::Relu => of_token.into_iter().map(|value| value.max(0.0)).collect(),
             Activation::Gate => {
                 let (values, gates) = of_token.split_at(outputs / 2);
                 values.iter().zip(gates).map(|(value, gate)| value * reference::gelu(*gate)).collect()
@@ -98,6 +107,39 @@ fn every_activation_follows_the_sums_and_the_residual_comes_last() {
             }
         }
     }
+}
+
+#[test]
+fn a_gate_is_multiplied_row_by_row_before_the_residual_comes() {
+    for place in reference::places() {
+        for (tokens, inputs, width) in [(1, 5, 1), (7, 33, 3), (130, 16, 17), (3, 40, 33), (300, 9, 48)] {
+            let (x, residual) = (tensor_at([3, tokens, inputs], 1, &place), tensor_at([3, tokens, width], 2, &place));
+            let (gate, weight) = (tensor_at([3, width], 5, &place), parameter([width, inputs], 3));
+            let layer = Linear::new(&weight, Some(&parameter([width], 4)), &place).unwrap();
+            let seen = reference::weight_values(&weight, &place);
+            let sums = plain(&x, &seen, &parameter([width], 4).values(), Activation::Nothing, None);
+            let (gates, residuals) = (reference::values(&gate), reference::values(&residual));
+            let of_place = |at: usize| sums[at] * gates[at / (tokens * width) * width + at % width] + residuals[at];
+            let expected: Vec<f32> = (0..sums.len()).map(of_place).collect();
+            let got = layer.forward_gated(&x, &gate, &residual).unwrap();
+            assert_eq!(got.dims(), [3, tokens, width]);
+            reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
+            for index in 0..3 {
+                let [x, gate, residual] = [&x, &gate, &residual].map(|tensor| reference::row(tensor, index, &place));
+                reference::assert_row_is(&got, index, &layer.forward_gated(&x, &gate, &residual).unwrap());
+            }
+            reference::assert_threads_do_not_show(|| layer.forward_gated(&x, &gate, &residual).unwrap());
+            for misfit in [tensor_at([3, width + 1], 5, &place), tensor_at([2, width], 5, &place), x.clone()] {
+                assert!(layer.forward_gated(&x, &misfit, &residual).is_err());
+            }
+        }
+    }
+    let (x, residual) = (reference::tensor([2, 7, 5], 1), reference::tensor([2, 7, 8], 2));
+    let (gate, weight) = (reference::tensor([2, 8], 3), parameter([8, 5], 4));
+    let here = Linear::new(&weight, None, &Place::host()).unwrap().forward_gated(&x, &gate, &residual).unwrap();
+    let [x, gate, residual] = [&x, &gate, &residual].map(reference::elsewhere);
+    let there = elsewhere(&weight, None, Activation::Nothing).forward_gated(&x, &gate, &residual).unwrap();
+    reference::assert_close(&reference::values(&there), &reference::values(&here), 1e-5);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use crate::ops::reference;
 use crate::ops::tensor::Values;
 
 const FINISH: Finish<'static, f32> =
-    Finish { outputs: 3, bias: None, per_row: None, residual: None, then: Then::Nothing };
+    Finish { outputs: 3, bias: None, per_row: None, scale: None, residual: None, then: Then::Nothing };
 
 #[test]
 fn every_output_lies_in_one_tile() {

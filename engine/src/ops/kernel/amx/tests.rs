@@ -239,7 +239,7 @@ fn block(case: &Case, then: Then, isa: Isa, by_tiles: bool) -> Vec<f32> {
         lines.iter().map(|line| Line { output: line.output / case.outputs * outputs, ..*line }).collect();
     let bias = numbers(case.outputs, 3);
     let residual: Vec<bf16> = numbers(positions * outputs, 4).into_iter().map(bf16::from_f32).collect();
-    let finish = Finish { outputs, bias: Some(&bias), per_row: None, residual: Some(&residual), then };
+    let finish = Finish { outputs, bias: Some(&bias), per_row: None, scale: None, residual: Some(&residual), then };
     let mut output = vec![bf16::ZERO; positions * outputs];
     let mut sums = vec![0.0; sums_len(positions)];
     let block = Block {

@@ -22,13 +22,15 @@ struct Case {
     then: Then,
     bias: bool,
     per_row: bool,
+    scale: bool,
     residual: bool,
 }
 
 impl Case {
     fn new(runs: &[(usize, usize)], lines: &[usize], outputs: usize) -> Self {
         let (runs, lines) = (runs.to_vec(), lines.to_vec());
-        Self { runs, left_stride: 6, lines, outputs, then: Then::Nothing, bias: true, per_row: false, residual: false }
+        let (bias, then) = (true, Then::Nothing);
+        Self { runs, left_stride: 6, lines, outputs, then, bias, per_row: false, scale: false, residual: false }
     }
 
     fn inner(&self) -> usize {
@@ -62,6 +64,7 @@ struct Data<E> {
     pieces: Vec<Vec<Piece>>,
     bias: Option<Vec<f32>>,
     per_row: Option<Vec<E>>,
+    scale: Option<Vec<E>>,
     residual: Option<Vec<E>>,
     output_len: usize,
     sums_len: usize,
@@ -99,6 +102,7 @@ impl<E: Element> Data<E> {
             pieces: chunks::<E>(case.runs.iter().copied()),
             bias: case.bias.then(|| reference::numbers(case.columns(), 3)),
             per_row: case.per_row.then(|| numbers(case.lines.len() * outputs, 4)),
+            scale: case.scale.then(|| numbers(case.lines.len() * outputs, 6)),
             residual: case.residual.then(|| numbers(output, 5)),
             output_len: output,
             sums_len: sums_len(case.lines.iter().sum()),
@@ -112,6 +116,7 @@ impl<E: Element> Data<E> {
             outputs: case.outputs,
             bias: self.bias.as_deref(),
             per_row: self.per_row.as_deref(),
+            scale: self.scale.as_deref(),
             residual: self.residual.as_deref(),
             then: case.then,
         };
@@ -161,12 +166,17 @@ impl<E: Element> Data<E> {
                         Then::Silu => reference::silu(sum(at)),
                         Then::Gelu => reference::gelu(sum(at)),
                         Then::QuickGelu => reference::quick_gelu(sum(at)),
+                        Then::GeluTanh => reference::gelu_tanh(sum(at)),
+                        Then::Relu => sum(at).max(0.0),
                         Then::Gate => sum(at) * reference::gelu(sum(case.outputs + at)),
                     };
                     let target = line.output + position * case.output_stride() + at;
                     let of_row = self.per_row.as_ref().map(|values| values[line.row * case.outputs + at]);
                     let there = self.residual.as_ref().map(|values| values[target]);
-                    value += of_row.into_iter().chain(there).map(|added| f64::from(added.to_f32())).sum::<f64>();
+                    let factor =
+                        self.scale.as_ref().map_or(1.0, |values| values[line.row * case.outputs + at].to_f32().into());
+                    value = (value + of_row.map_or(0.0, |added| f64::from(added.to_f32()))) * factor;
+                    value += there.map_or(0.0, |added| f64::from(added.to_f32()));
                     output[target] = value as f32;
                 }
             }
@@ -239,11 +249,11 @@ fn inner_positions_of_several_chunks_and_runs_equal_the_definition() {
 
 #[test]
 fn all_that_may_follow_the_sums_equals_the_definition() {
-    for then in [Then::Nothing, Then::Silu, Then::Gelu, Then::QuickGelu, Then::Gate] {
+    for then in [Then::Nothing, Then::Silu, Then::Gelu, Then::QuickGelu, Then::GeluTanh, Then::Relu, Then::Gate] {
         for outputs in [1, 5, 16, 17, 33, 40, 64] {
-            for added in 0..8 {
-                let (bias, per_row, residual) = (added & 1 > 0, added & 2 > 0, added & 4 > 0);
-                let case = Case { then, bias, per_row, residual, ..Case::new(&RUNS, &[5, 2], outputs) };
+            for added in 0..16 {
+                let [bias, per_row, residual, scale] = [1, 2, 4, 8].map(|flag| added & flag > 0);
+                let case = Case { then, bias, per_row, residual, scale, ..Case::new(&RUNS, &[5, 2], outputs) };
                 assert_in_both_formats(&case);
             }
         }
@@ -302,9 +312,9 @@ fn chunks_take_each_inner_position_once_and_in_order() {
 
 #[test]
 fn what_does_not_fit_is_refused_before_anything_is_read_or_written() {
-    let case = Case { per_row: true, residual: true, ..Case::new(&RUNS, &[5, 2], 40) };
+    let case = Case { per_row: true, scale: true, residual: true, ..Case::new(&RUNS, &[5, 2], 40) };
     type Change = fn(&mut Data<bf16>);
-    let misfits: [(&str, Change); 9] = [
+    let misfits: [(&str, Change); 10] = [
         // The second line reads from 75 on, its second position 6 later, as far as 45.
         ("left", |data| data.left.truncate(75 + 6 + 45 - 1)),
         ("a line", |data| data.lines[1].left = data.left.len() - 6 - 45 + 1),
@@ -312,6 +322,7 @@ fn what_does_not_fit_is_refused_before_anything_is_read_or_written() {
         ("sums", |data| data.sums_len -= 1),
         ("bias", |data| data.bias = Some(vec![0.0; 39])),
         ("rows", |data| data.lines[1].row = 2),
+        ("scale", |data| data.scale = Some(vec![bf16::ZERO; 79])),
         ("residual", |data| data.residual = Some(vec![bf16::ZERO; 1])),
         ("inner", |data| data.pieces[0].truncate(2)),
         ("inner", |data| data.pieces.clear()),

@@ -37,7 +37,7 @@ fn filter<E: Element, const N: usize>(
     }
     let outputs = factors.outputs();
     let mut output = vec![E::default(); rows * height * width * outputs];
-    let finish = Finish { outputs, bias: Some(bias), per_row: None, residual: None, then: Then::Nothing };
+    let finish = Finish { outputs, bias: Some(bias), per_row: None, scale: None, residual: None, then: Then::Nothing };
     let (mut weights, mut sums) = (vec![E::default(); weights_len::<E, N>(factors)], vec![0.0; sums_len::<N>(all)]);
     let values = Shared::new(&mut output);
     let block = Block::<E, N> {
