@@ -42,6 +42,7 @@ pub(crate) use activation::{multiply, silu};
 pub(crate) use attention::{Mask, attention, relative_attention};
 pub(crate) use buffer::release_memory;
 pub(crate) use conv::{Conv2d, ConvShape};
+pub(crate) use kernel::blocks::Quantisation;
 pub(crate) use kernel::isa::Isa;
 pub(crate) use layer_norm::LayerNorm;
 pub(crate) use layout::{channels_first, concat_channels, embed, feature_map, select};
