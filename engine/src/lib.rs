@@ -39,6 +39,8 @@ pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};
 pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
-pub use pipeline::{Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, render};
+pub use pipeline::{
+    Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, render,
+};
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

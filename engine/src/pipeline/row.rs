@@ -28,6 +28,28 @@ pub struct RowRequest {
     pub seed: u64,
     /// What Stable Diffusion XL is told of sizes; other families do not read it.
     pub micro_conditioning: MicroConditioning,
+    /// Tokens of a prompt that T5 reads at most, in families with T5; `None`: as many as the checkpoint is used to.
+    pub max_sequence_length: Option<usize>,
+    /// FLUX's scale of guidance by a negative prompt, beside the scale that the model is told; `None`, or 1 or
+    /// less: no such guidance.
+    pub true_cfg_scale: Option<f64>,
+    /// Stable Diffusion 3's guidance away from what a few of its layers leave out.
+    pub skip_layer_guidance: Option<SkipLayerGuidance>,
+}
+
+/// Guidance away from what the denoiser predicts without some of its layers, in a part of the steps.
+///
+/// Reference: Hyung et al. 2024, <https://arxiv.org/abs/2411.18664>.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SkipLayerGuidance {
+    /// Joint blocks that are left out.
+    pub layers: Vec<usize>,
+    /// How far the difference is followed.
+    pub scale: f64,
+    /// The share of the steps after which it begins, 0 to 1.
+    pub start: f64,
+    /// The share of the steps after which it ends, 0 to 1.
+    pub stop: f64,
 }
 
 /// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)

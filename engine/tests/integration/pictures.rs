@@ -47,6 +47,7 @@ impl Golden {
                 crop: self.crop,
                 target_size: self.target_size,
             },
+            ..RowRequest::default()
         }
     }
 }
