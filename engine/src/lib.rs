@@ -32,6 +32,8 @@ mod goldens;
 
 pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};
-pub use pipeline::{Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, render};
+pub use pipeline::{
+    Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, render,
+};
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

@@ -211,6 +211,7 @@ pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
         sampler: spec.sampler.map(|sampler| sampler.as_str().parse()).transpose()?,
         schedule: spec.schedule.map(|schedule| schedule.as_str().parse()).transpose()?,
         seed: spec.seed,
+        skip_layer_guidance: None,
         micro_conditioning: engine::MicroConditioning::default(),
     })
 }

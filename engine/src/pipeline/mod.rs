@@ -6,6 +6,7 @@ mod row;
 
 mod family;
 mod sd;
+mod sd3;
 mod sdxl;
 
 mod picture;
@@ -18,7 +19,7 @@ use crate::{Error, Result};
 
 pub use batch::RunningBatch;
 pub use checkpoint::Checkpoint;
-pub use row::{Latent, MicroConditioning, RowId, RowRequest, RowStep};
+pub use row::{Latent, MicroConditioning, RowId, RowRequest, RowStep, SkipLayerGuidance};
 
 /// Renders one picture alone: a running batch of one row, then the decoder. `on_step` is called with
 /// the steps done and the steps in total after each denoiser call.
