@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use crate::sampler::quote_infinities;
 use crate::{Error, Result};
 
 /// Layers, channels or heads beyond this are a broken file, not a model.
@@ -20,7 +21,7 @@ impl ConfigFile {
     /// Reads the file.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|error| Error::checkpoint(path, error))?;
-        match serde_json::from_str(&text) {
+        match serde_json::from_str(&quote_infinities(&text)) {
             Ok(Value::Object(fields)) => Ok(Self { path: path.to_owned(), fields }),
             Ok(_) => Err(Error::checkpoint(path, "is not a JSON object")),
             Err(error) => Err(Error::checkpoint(path, format!("is not valid JSON: {error}"))),

@@ -3,8 +3,9 @@
 //! pictures. Diffusers is the reference: the same seed gives the same picture.
 //!
 //! Reading order: `pipeline` tells the story; `text`, `denoiser` and `vae` are the three networks;
-//! `sampler`, `noise` and `guidance` are the numbers around them; `weights` reads files; `ops` is the
-//! only place that knows how fast an operation can be, and `bench` measures that.
+//! `sampler`, `noise` and `guidance` are the numbers around them; `family` and `facts` say what a
+//! checkpoint is, `source` where its parts lie; `weights` reads files; `ops` is the only place that
+//! knows how fast an operation can be, and `bench` measures that.
 //!
 //! Invariant: nothing in here knows of jobs, queues, databases or networks; there is no async code, no
 //! random number that does not come from a row's seed, and no row whose picture depends on its batch.
@@ -20,6 +21,10 @@ mod vae;
 mod noise;
 mod sampler;
 
+mod facts;
+mod family;
+mod source;
+
 mod config;
 mod device;
 mod ops;
@@ -32,6 +37,8 @@ mod goldens;
 
 pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};
+pub use facts::{CheckpointFacts, facts};
+pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
 pub use pipeline::{
     Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, render,
 };

@@ -1,7 +1,7 @@
-//! Which checkpoints the farm knows, and the facts about each that defaults and checks need.
+//! Which checkpoints the farm knows, and the facts about each that defaults and checks need. What is
+//! true of a family of models stands in the engine's table; whoever builds a [`Catalog`] brings it here.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -19,6 +19,9 @@ const MAX_VAE_FACTOR: u32 = 128;
 pub struct ModelFacts {
     /// Where the weights come from: a folder in diffusers layout, or a hub id (`org/name[@revision]`).
     pub source: String,
+    /// The family of models that it belongs to (`sdxl`); `None`: nobody could tell yet.
+    #[serde(default)]
+    pub family: Option<String>,
     /// Native width in pixels.
     pub width: u32,
     /// Native height in pixels.
@@ -33,15 +36,33 @@ pub struct ModelFacts {
     pub sampler: Option<Sampler>,
     /// Default schedule; `None`: what the checkpoint's scheduler configuration says.
     pub schedule: Option<Schedule>,
+    /// What its denoiser predicts: `epsilon`, `v_prediction`, `sample` or `flow`.
+    #[serde(default)]
+    pub prediction: Option<String>,
+    /// Channels of a latent.
+    #[serde(default)]
+    pub latent_channels: Option<u32>,
+    /// What latents are multiplied by for the denoiser.
+    #[serde(default)]
+    pub scaling_factor: Option<f64>,
+    /// What is taken off latents before.
+    #[serde(default)]
+    pub shift_factor: Option<f64>,
+    /// The licence that its family came with; a finetune's may differ.
+    #[serde(default)]
+    pub licence: Option<String>,
 }
 
 /// A checkpoint as the configuration names it (`[models.NAME]`). What is left open is read from the
-/// checkpoint's own files where they are at hand, else taken from [`ModelFacts::sd15`].
+/// checkpoint's own files where they are at hand, else taken from its family.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
     /// A folder in diffusers layout, or a hub id (`org/name[@revision]`).
     pub source: String,
+    /// The family of models that it belongs to, where its files are not at hand or do not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
     /// Native width in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<u32>,
@@ -66,10 +87,11 @@ pub struct ModelConfig {
 }
 
 impl ModelFacts {
-    /// Stable Diffusion 1.5's, the fallback for what neither configuration nor files say.
-    pub fn sd15(source: impl Into<String>) -> Self {
+    /// What is assumed of a checkpoint as long as nothing is known but where it comes from.
+    pub fn assumed(source: impl Into<String>) -> Self {
         Self {
             source: source.into(),
+            family: None,
             width: 512,
             height: 512,
             vae_factor: 8,
@@ -77,24 +99,28 @@ impl ModelFacts {
             guidance_scale: 7.5,
             sampler: None,
             schedule: None,
+            prediction: None,
+            latent_channels: None,
+            scaling_factor: None,
+            shift_factor: None,
+            licence: None,
         }
     }
 
-    /// Facts for `config`, its gaps filled from the checkpoint's `unet/config.json` and
-    /// `vae/config.json` if `folder` holds them.
-    pub fn read(config: &ModelConfig, folder: Option<&Path>) -> Self {
-        let mut facts = Self::sd15(config.source.clone());
-        if let Some((side, factor)) = folder.and_then(native_size) {
-            (facts.width, facts.height, facts.vae_factor) = (side, side, factor);
+    /// These facts, but what `config` says.
+    pub fn overruled(self, config: &ModelConfig) -> Self {
+        Self {
+            source: config.source.clone(),
+            family: config.family.clone().or(self.family),
+            width: config.width.unwrap_or(self.width),
+            height: config.height.unwrap_or(self.height),
+            vae_factor: config.vae_factor.unwrap_or(self.vae_factor),
+            steps: config.steps.unwrap_or(self.steps),
+            guidance_scale: config.guidance_scale.unwrap_or(self.guidance_scale),
+            sampler: config.sampler.or(self.sampler),
+            schedule: config.schedule.or(self.schedule),
+            ..self
         }
-        facts.width = config.width.unwrap_or(facts.width);
-        facts.height = config.height.unwrap_or(facts.height);
-        facts.vae_factor = config.vae_factor.unwrap_or(facts.vae_factor);
-        facts.steps = config.steps.unwrap_or(facts.steps);
-        facts.guidance_scale = config.guidance_scale.unwrap_or(facts.guidance_scale);
-        facts.sampler = config.sampler;
-        facts.schedule = config.schedule;
-        facts
     }
 
     fn check(&self, name: &str) -> Result<(), ValidationError> {
@@ -121,17 +147,6 @@ impl ModelFacts {
         let scale = self.guidance_scale;
         must("guidance_scale", "0 or more".into(), scale.to_string(), scale.is_finite() && scale >= 0.0)
     }
-}
-
-/// Native side and VAE factor: `sample_size` of the UNet, and a halving for every VAE block but one.
-fn native_size(folder: &Path) -> Option<(u32, u32)> {
-    let read = |part: &str| -> Option<serde_json::Value> {
-        serde_json::from_slice(&std::fs::read(folder.join(part).join("config.json")).ok()?).ok()
-    };
-    let levels = read("vae")?.get("block_out_channels")?.as_array()?.len();
-    let factor = 1u32.checked_shl(levels.checked_sub(1)? as u32)?;
-    let side = read("unet")?.get("sample_size")?.as_u64()?;
-    Some((u32::try_from(side).ok()?.checked_mul(factor)?, factor))
 }
 
 /// Every checkpoint by name, and the one to use where none is named.
@@ -179,12 +194,12 @@ mod tests {
     use super::*;
 
     fn catalog(facts: ModelFacts) -> Result<Catalog, ValidationError> {
-        Catalog::new(BTreeMap::from([("b".to_owned(), ModelFacts::sd15("hub/b")), ("a".to_owned(), facts)]), "a")
+        Catalog::new(BTreeMap::from([("b".to_owned(), ModelFacts::assumed("hub/b")), ("a".to_owned(), facts)]), "a")
     }
 
     #[test]
     fn without_a_name_the_default_is_found() {
-        let catalog = catalog(ModelFacts::sd15("hub/a")).unwrap();
+        let catalog = catalog(ModelFacts::assumed("hub/a")).unwrap();
         assert_eq!(catalog.default_model(), "a");
         assert_eq!(catalog.find(None).unwrap().0, "a");
         assert_eq!(catalog.find(Some("b")).unwrap().1.source, "hub/b");
@@ -193,7 +208,7 @@ mod tests {
 
     #[test]
     fn an_unknown_name_is_answered_with_the_known() {
-        let catalog = catalog(ModelFacts::sd15("hub/a")).unwrap();
+        let catalog = catalog(ModelFacts::assumed("hub/a")).unwrap();
         let error = catalog.find(Some("c")).unwrap_err();
         assert_eq!(error.to_string(), "`model` must be one of a, b, but is `c`");
         let long = catalog.find(Some(&"x".repeat(1000))).unwrap_err();
@@ -202,13 +217,13 @@ mod tests {
 
     #[test]
     fn the_default_must_be_one_of_the_checkpoints() {
-        let models = BTreeMap::from([("a".to_owned(), ModelFacts::sd15("hub/a"))]);
+        let models = BTreeMap::from([("a".to_owned(), ModelFacts::assumed("hub/a"))]);
         assert_eq!(Catalog::new(models, "z").unwrap_err().field, "model");
     }
 
     #[test]
     fn facts_that_no_picture_could_have_are_refused() {
-        let good = ModelFacts::sd15("hub/a");
+        let good = ModelFacts::assumed("hub/a");
         let bad = [
             (ModelFacts { vae_factor: 0, ..good.clone() }, "models.a.vae_factor", "0"),
             (ModelFacts { width: 500, ..good.clone() }, "models.a.width", "500"),
@@ -223,27 +238,28 @@ mod tests {
     }
 
     #[test]
-    fn facts_come_from_the_configuration_then_from_the_files_then_from_sd15() {
-        let folder = tempfile::tempdir().unwrap();
-        for (part, json) in [("unet", r#"{"sample_size": 16}"#), ("vae", r#"{"block_out_channels": [8, 16, 16, 16]}"#)]
-        {
-            std::fs::create_dir(folder.path().join(part)).unwrap();
-            std::fs::write(folder.path().join(part).join("config.json"), json).unwrap();
-        }
+    fn what_the_configuration_says_wins_over_what_was_found() {
+        let found = ModelFacts {
+            family: Some("sdxl".into()),
+            width: 1024,
+            height: 1024,
+            licence: Some("a licence".into()),
+            ..ModelFacts::assumed("")
+        };
         let config = ModelConfig { source: "here".into(), height: Some(64), steps: Some(4), ..Default::default() };
-        let facts = ModelFacts::read(&config, Some(folder.path()));
-        assert_eq!((facts.width, facts.height, facts.vae_factor), (128, 64, 8));
-        assert_eq!((facts.steps, facts.guidance_scale), (4, 7.5));
-        let without_files = ModelFacts::read(&config, None);
-        assert_eq!((without_files.width, without_files.height), (512, 64));
+        let facts = found.overruled(&config);
+        assert_eq!((facts.source.as_str(), facts.width, facts.height, facts.steps), ("here", 1024, 64, 4));
+        assert_eq!((facts.guidance_scale, facts.licence.as_deref()), (7.5, Some("a licence")));
+        let told = ModelConfig { family: Some("sdxl_turbo".into()), ..Default::default() };
+        assert_eq!(facts.overruled(&told).family.as_deref(), Some("sdxl_turbo"));
     }
 
     #[test]
-    fn files_that_make_no_sense_are_passed_over() {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("vae")).unwrap();
-        std::fs::write(folder.path().join("vae/config.json"), r#"{"block_out_channels": []}"#).unwrap();
-        let facts = ModelFacts::read(&ModelConfig::default(), Some(folder.path()));
-        assert_eq!((facts.width, facts.vae_factor), (512, 8));
+    fn facts_of_an_older_scheduler_are_read() {
+        let mut value = serde_json::to_value(ModelFacts::assumed("hub/a")).unwrap();
+        for newer in ["family", "prediction", "latent_channels", "scaling_factor", "shift_factor", "licence"] {
+            value.as_object_mut().unwrap().remove(newer).unwrap();
+        }
+        assert_eq!(serde_json::from_value::<ModelFacts>(value).unwrap(), ModelFacts::assumed("hub/a"));
     }
 }

@@ -4,7 +4,7 @@
 //! (`ResnetBlock2D`).
 
 use crate::Result;
-use crate::ops::{Conv2d, ConvShape, GroupNorm, Linear, Tensor};
+use crate::ops::{Conv2d, ConvShape, GroupNorm, Linear, Seen, Tensor};
 use crate::weights::Scope;
 
 /// A block's dimensions.
@@ -55,10 +55,25 @@ impl ResnetBlock {
             (Some(project), Some(time)) => self.conv1.forward_add_per_row(&hidden, &project.forward(time)?)?,
             _ => self.conv1.forward(&hidden)?,
         };
-        let hidden = self.norm2.forward_silu(&hidden)?;
+        self.finish(&self.norm2.forward_silu(&hidden)?, x)
+    }
+
+    /// The last convolution, plus the input.
+    fn finish(&self, hidden: &Tensor, x: &Tensor) -> Result<Tensor> {
         match &self.conv_shortcut {
-            None => self.conv2.forward_add(&hidden, x),
-            Some(shortcut) => self.conv2.forward_add(&hidden, &shortcut.forward(x)?),
+            None => self.conv2.forward_add(hidden, x),
+            Some(shortcut) => self.conv2.forward_add(hidden, &shortcut.forward(x)?),
         }
+    }
+
+    /// The first half for lines of a map that its norm has `seen`: what the second norm sees. There is no time.
+    pub fn first_half(&self, x: &Tensor, seen: &Seen) -> Result<Tensor> {
+        self.conv1.forward(&self.norm1.forward_silu_seen(x, seen)?)
+    }
+
+    /// The second half for the same lines of the block's input and of what the first half made, which the
+    /// second norm has `seen`.
+    pub fn second_half(&self, hidden: &Tensor, x: &Tensor, seen: &Seen) -> Result<Tensor> {
+        self.finish(&self.norm2.forward_silu_seen(hidden, seen)?, x)
     }
 }

@@ -1,5 +1,7 @@
 //! Moving values without changing them.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::buffer::{Buffer, Format, Value};
@@ -32,6 +34,73 @@ pub(crate) fn channels_first(x: &Tensor) -> Result<Vec<f32>> {
         }
     }
     Ok(first)
+}
+
+/// Lines `range` of a feature map.
+pub(crate) fn lines(x: &Tensor, range: Range<usize>) -> Result<Tensor> {
+    let (rows, height, width, channels) = x.dims4()?;
+    if range.start > range.end || range.end > height {
+        return Err(misuse(format!("lines {range:?} of {:?}", x.dims())));
+    }
+    if let Some(x) = x.device_values() {
+        return Ok(Tensor::on_device(x.narrow(1, range.start, range.len())?.contiguous()?));
+    }
+    if range == (0..height) {
+        return Ok(x.clone());
+    }
+    let x = x.resolved()?;
+    let from = x.host()?;
+    let mut to = Buffer::new(from.format(), rows * range.len() * width * channels)?;
+    let line = width * channels;
+    match from.format() {
+        Format::F32 => copy_rows::<f32>((from, height * line), (&mut to, range.len() * line), range.start * line, 0),
+        Format::Bf16 => copy_rows::<bf16>((from, height * line), (&mut to, range.len() * line), range.start * line, 0),
+    }
+    Ok(Tensor::on_host(to, &[rows, range.len(), width, channels]))
+}
+
+/// Feature maps of one width and as many channels, one below the other.
+pub(crate) fn stack_lines(parts: &[&Tensor]) -> Result<Tensor> {
+    let Some(first) = parts.first() else { return Err(misuse("no maps to stack".to_owned())) };
+    let (rows, _, width, channels) = first.dims4()?;
+    let mut height = 0;
+    for part in parts {
+        let (part_rows, lines, part_width, part_channels) = part.dims4()?;
+        if (part_rows, part_width, part_channels) != (rows, width, channels) || part.format() != first.format() {
+            return Err(misuse(format!("maps of {:?} and {:?} cannot be stacked", first.dims(), part.dims())));
+        }
+        height += lines;
+    }
+    if parts.len() == 1 {
+        return Ok((*first).clone());
+    }
+    if first.device_values().is_some() {
+        let parts: Vec<_> = parts.iter().filter_map(|part| part.device_values()).collect();
+        return Ok(Tensor::on_device(candle_core::Tensor::cat(&parts, 1)?));
+    }
+    let parts = parts.iter().map(|part| part.resolved()).collect::<Result<Vec<_>>>()?;
+    let parts = parts.iter().map(Tensor::host).collect::<Result<Vec<_>>>()?;
+    let (row, mut at) = (height * width * channels, 0);
+    let mut to = Buffer::new(parts[0].format(), rows * row)?;
+    for part in parts {
+        let len = part.len() / rows.max(1);
+        match part.format() {
+            Format::F32 => copy_rows::<f32>((part, len), (&mut to, row), 0, at),
+            Format::Bf16 => copy_rows::<bf16>((part, len), (&mut to, row), 0, at),
+        }
+        at += len;
+    }
+    Ok(Tensor::on_host(to, &[rows, height, width, channels]))
+}
+
+/// Copies from each row of one buffer (so long, from `skip` on) to each row of the other (so long, from `at` on)
+/// as much as both have.
+fn copy_rows<T: Value>((from, from_row): (&Buffer, usize), (to, to_row): (&mut Buffer, usize), skip: usize, at: usize) {
+    let len = (from_row - skip).min(to_row - at);
+    let from = from.values::<T>().chunks_exact(from_row.max(1));
+    for (from, to) in from.zip(to.values_mut::<T>().chunks_exact_mut(to_row.max(1))) {
+        to[at..at + len].copy_from_slice(&from[skip..skip + len]);
+    }
 }
 
 /// Another device's (rows, height, width, channels) → (rows, channels, height, width).
@@ -154,7 +223,8 @@ fn dims2(x: &Tensor) -> Result<[usize; 2]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::reference;
+    use crate::ops::norm::GroupNorm;
+    use crate::ops::reference::{self, parameter};
 
     #[test]
     fn the_two_layouts_are_inverse() {
@@ -190,6 +260,28 @@ mod tests {
             assert_eq!(reference::values(&got), [&values[12..], &values[..3], &values[12..]].concat());
             reference::assert_same(&select(&[4, 0, 4], &reference::elsewhere(&table)).unwrap(), &got);
             assert!(select(&[5], &table).is_err());
+        }
+    }
+
+    #[test]
+    fn a_map_that_is_cut_into_lines_stacks_up_again() {
+        for place in reference::places() {
+            let norm = GroupNorm::new(&parameter([3], 1), &parameter([3], 2), 1, 1e-5).unwrap();
+            let x = norm.forward(&reference::tensor_at([2, 7, 5, 3], 1, &place)).unwrap();
+            for x in [x.clone(), reference::elsewhere(&x)] {
+                let parts = [lines(&x, 0..2).unwrap(), lines(&x, 2..3).unwrap(), lines(&x, 3..7).unwrap()];
+                assert_eq!(parts[2].dims(), [2, 4, 5, 3]);
+                assert_eq!(reference::values(&parts[1])[..15], reference::values(&x)[30..45]);
+                assert_eq!(reference::values(&parts[1])[15..], reference::values(&x)[135..150]);
+                reference::assert_same(&stack_lines(&parts.each_ref()).unwrap(), &x);
+                reference::assert_same(&lines(&x, 0..7).unwrap(), &x);
+                reference::assert_same(&stack_lines(&[&x]).unwrap(), &x);
+                assert!(lines(&x, 3..8).is_err());
+                assert!(stack_lines(&[]).is_err());
+                assert!(stack_lines(&[&x, &reference::tensor([2, 7, 4, 3], 1)]).is_err());
+                assert!(stack_lines(&[&x, &reference::tensor([1, 7, 5, 3], 1)]).is_err());
+            }
+            assert!(stack_lines(&[&x, &reference::elsewhere(&x)]).is_err());
         }
     }
 

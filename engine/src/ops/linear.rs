@@ -2,13 +2,14 @@
 
 use std::ops::Range;
 
+use candle_core::quantized::{QStorage, QTensor};
 use half::bf16;
 
 use super::buffer::{Buffer, Format};
 use super::kernel::element::Element;
 use super::kernel::isa::{Isa, dispatch};
 use super::kernel::panels::{PANEL, Panels};
-use super::kernel::product::{Block, Finish, Line, Then, chunks, sums_len};
+use super::kernel::product::{Block, Finish, Line, Then, chunks, sums_len, unpacked_len};
 use super::parameter::Parameter;
 use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
 use super::tensor::{Place, Tensor, Values};
@@ -42,11 +43,41 @@ enum Weight {
         panels: Panels,
         bias: Option<Vec<f32>>,
     },
-    /// (in, out), and (out).
+    /// The weight, and (out).
     Device {
-        weight: candle_core::Tensor,
+        weight: DeviceWeight,
         bias: Option<candle_core::Tensor>,
     },
+}
+
+/// A weight on another device.
+enum DeviceWeight {
+    /// (in, out)
+    Dense(candle_core::Tensor),
+    /// (out, in): it stays small, and becomes numbers each time that it is used. The products are then
+    /// those of the dense weight; candle's own quantised ones would round the activations to eight bits.
+    Quantised(QTensor),
+}
+
+impl DeviceWeight {
+    fn new(weight: &Parameter<'_>, place: &Place) -> Result<Self> {
+        let Some((quantisation, bytes)) = weight.quantised() else {
+            return Ok(Self::Dense(weight.on_device(place)?.t()?.contiguous()?));
+        };
+        let storage = QStorage::from_data(bytes.into(), place.device(), quantisation.on_device())?;
+        Ok(Self::Quantised(QTensor::new(storage, weight.dims())?))
+    }
+
+    /// x (positions, in) · W, in x's format.
+    fn multiply(&self, x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
+        match self {
+            Self::Dense(weight) => Ok(x.matmul(weight)?),
+            Self::Quantised(weight) => {
+                let weight = weight.dequantize(x.device())?.to_dtype(x.dtype())?;
+                Ok(x.matmul(&weight.t()?)?)
+            }
+        }
+    }
 }
 
 impl Linear {
@@ -71,16 +102,11 @@ impl Linear {
         }
         let packed = match place.on_host() {
             None => Weight::Device {
-                weight: weight.on_device(place)?.t()?.contiguous()?,
+                weight: DeviceWeight::new(weight, place)?,
                 bias: bias.map(|bias| bias.on_device(place)).transpose()?,
             },
             Some(format) => {
-                let (columns, order) = panel_order(outputs, activation);
-                let panels = Panels::pack(format, columns, inputs, |column, to| {
-                    if let Some(output) = order(column) {
-                        weight.read(output * inputs, &mut to[..inputs]);
-                    }
-                })?;
+                let panels = pack(weight, [outputs, inputs], activation, format)?;
                 Weight::Host { panels, bias: bias.map(|bias| bias.values()) }
             }
         };
@@ -116,7 +142,8 @@ impl Linear {
         }
         match (&self.weight, &x.values) {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
-                let y = on_device(x, weight, bias.as_ref(), self.activation)?;
+                let layer = (weight, bias.as_ref(), self.activation);
+                let y = on_device(x, [self.inputs, self.outputs], layer)?;
                 Ok(Tensor::on_device(added.on_device(y)?))
             }
             (Weight::Host { panels, bias }, Values::Host(host)) => {
@@ -185,6 +212,28 @@ impl Added<'_> {
     }
 }
 
+/// Packs a weight for the host; one that is stored in blocks stays so.
+fn pack(
+    weight: &Parameter<'_>,
+    [outputs, inputs]: [usize; 2],
+    activation: Activation,
+    format: Format,
+) -> Result<Panels> {
+    let (columns, order) = panel_order(outputs, activation);
+    let quantised = weight.quantised().filter(|(quantisation, _)| inputs.is_multiple_of(quantisation.values()));
+    if let Some((quantisation, bytes)) = quantised {
+        let blocks = inputs / quantisation.values();
+        let each = blocks * quantisation.bytes();
+        let column = |column| order(column).map(|output| &bytes[output * each..][..each]);
+        return Ok(Panels::pack_quantised(format, quantisation, columns, blocks, column));
+    }
+    Panels::pack(format, columns, inputs, |column, to| {
+        if let Some(output) = order(column) {
+            weight.read(output * inputs, &mut to[..inputs]);
+        }
+    })
+}
+
 /// How many columns are packed, and which output each one is; with a gate, panels of values and of their
 /// gates alternate.
 fn panel_order(outputs: usize, activation: Activation) -> (usize, impl Fn(usize) -> Option<usize> + Sync + Send) {
@@ -228,8 +277,9 @@ impl Call<'_> {
         let Values::Host(host) = &x.values else { return Err(misuse("a tensor is not on the host".to_owned())) };
         let inputs = x.dims()[x.dims().len() - 1];
         let ready = host.pending.is_none() && inputs == self.panels.inner();
-        if ready {
-            self.multiply(host.buffer.values::<E>(), &finish, &Shared::new(output.values_mut()))?;
+        if ready || self.panels.is_quantised() {
+            let x = x.resolved()?;
+            self.multiply(x.host()?.values::<E>(), &finish, &Shared::new(output.values_mut()))?;
         } else {
             // A pending norm, or values that have to be laid out anew: a convolution of one pixel.
             let map = windows::Map { height: 1, width: self.positions, channels: inputs };
@@ -249,14 +299,12 @@ impl Call<'_> {
 
     /// All rows' positions in blocks, read where they lie.
     fn multiply<E: Element>(&self, left: &[E], finish: &Finish<'_, E>, output: &Shared<'_, E>) -> Result<()> {
-        /// Positions that share one reading of the weights.
-        const BLOCK: usize = 256;
         let (inner, outputs) = (self.panels.inner(), self.outputs);
         let positions = self.rows * self.positions;
         let work = positions * inner * self.panels.outputs();
         let pieces = chunks::<E>([(0, inner)]);
         let wanted = wanted_tasks(work);
-        let block = positions.div_ceil(wanted).next_multiple_of(8).clamp(32, BLOCK);
+        let block = self.block::<E>(positions, wanted);
         let blocks = positions.div_ceil(block);
         let slices = windows::slices(self.panels.outputs(), wanted.div_ceil(blocks.max(1)), self.then);
         run_tasks(blocks * slices.len(), work, |task| {
@@ -264,20 +312,23 @@ impl Call<'_> {
             let count = block.min(positions - first);
             let lines = self.lines(first..first + count);
             with_scratch(sums_len(count), |sums| {
-                let block = Block {
-                    left,
-                    lines: &lines,
-                    left_stride: inner,
-                    output_stride: outputs,
-                    weight: self.panels,
-                    panels: slice.clone(),
-                    pieces: &pieces,
-                    finish,
-                    output,
-                    sums,
-                };
-                dispatch(Isa::best(), block);
-            })
+                with_scratch(unpacked_len::<E>(self.panels), |unpacked| {
+                    let block = Block {
+                        left,
+                        lines: &lines,
+                        left_stride: inner,
+                        output_stride: outputs,
+                        weight: self.panels,
+                        panels: slice.clone(),
+                        pieces: &pieces,
+                        finish,
+                        output,
+                        sums,
+                        unpacked,
+                    };
+                    dispatch(Isa::best(), block);
+                })
+            })?
         })
     }
 
@@ -297,17 +348,25 @@ impl Call<'_> {
         let rows = positions.start / of_row..positions.end.div_ceil(of_row);
         rows.map(|row| line(row, positions.start.max(row * of_row), positions.end.min((row + 1) * of_row))).collect()
     }
+
+    /// Positions that share one reading of the weights.
+    fn block<E: Element>(&self, positions: usize, wanted: usize) -> usize {
+        const BLOCK: usize = 256;
+        if self.panels.is_quantised() {
+            // Each block unpacks its weights anew: few large ones, and more where products are quicker.
+            // Threads share the outputs instead.
+            return (BLOCK * size_of::<f32>() / size_of::<E>()).min(positions.next_multiple_of(8)).max(32);
+        }
+        positions.div_ceil(wanted).next_multiple_of(8).clamp(32, BLOCK)
+    }
 }
 
 fn on_device(
     x: &candle_core::Tensor,
-    weight: &candle_core::Tensor,
-    bias: Option<&candle_core::Tensor>,
-    activation: Activation,
+    [inputs, outputs]: [usize; 2],
+    (weight, bias, activation): (&DeviceWeight, Option<&candle_core::Tensor>, Activation),
 ) -> Result<candle_core::Tensor> {
-    let (inputs, outputs) = weight.dims2()?;
-    let flat = x.reshape(((), inputs))?;
-    let mut y = flat.matmul(weight)?;
+    let mut y = weight.multiply(&x.reshape(((), inputs))?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(bias)?;
     }

@@ -1,7 +1,10 @@
 //! Group norm and layer norm.
 //!
 //! A group norm only looks at its input: what it makes of each value is left to whoever reads the
-//! result, which for a convolution or a linear layer costs nothing extra.
+//! result, which for a convolution or a linear layer costs nothing extra. It can look at a map in pieces,
+//! too, and makes of them what it makes of the whole (`pieces`).
+
+mod pieces;
 
 use std::sync::Arc;
 
@@ -18,6 +21,8 @@ use super::tensor::{Host, Pending, Tensor, Values};
 use super::windows::normalise;
 use super::{layout, misuse};
 use crate::Result;
+
+pub(crate) use pieces::Seen;
 
 /// Work of a norm per value, in multiply-adds.
 const WORK: usize = 16;
@@ -60,16 +65,9 @@ impl GroupNorm {
             return Ok(Tensor::on_device(self.on_device(x, silu)?));
         }
         let x = x.resolved()?;
-        let buffer = x.host()?;
-        let moments = match buffer.format() {
-            Format::F32 => moments::<f32>(buffer.values(), rows, height * width, channels),
-            Format::Bf16 => moments::<bf16>(buffer.values(), rows, height * width, channels),
-        }?;
-        let pending = Some(Arc::new(self.pending(&moments, channels, silu)));
-        match &x.values {
-            Values::Host(host) => Ok(Tensor { values: Values::Host(Host { pending, ..host.clone() }), ..x.clone() }),
-            Values::Device(_) => Err(misuse("a tensor is not on the host".to_owned())),
-        }
+        let mut moments = vec![Moments::default(); rows * channels];
+        join_moments(x.host()?, Parts::of_lines(height, width), channels, &mut moments)?;
+        with_pending(&x, self.pending(&moments, channels, silu))
     }
 
     /// The affine map of each row and channel that normalises its group.
@@ -103,6 +101,15 @@ impl GroupNorm {
         let bias = candle_core::Tensor::new(self.bias.as_slice(), x.device())?;
         let y = last.broadcast_mul(&weight)?.broadcast_add(&bias)?;
         Ok(if silu { y.silu()? } else { y }.to_dtype(dtype)?)
+    }
+}
+
+/// A host tensor that has nothing pending, with what is to be done to it.
+fn with_pending(x: &Tensor, pending: Pending) -> Result<Tensor> {
+    let pending = Some(Arc::new(pending));
+    match &x.values {
+        Values::Host(host) => Ok(Tensor { values: Values::Host(Host { pending, ..host.clone() }), ..x.clone() }),
+        Values::Device(_) => Err(misuse("a tensor is not on the host".to_owned())),
     }
 }
 
@@ -172,6 +179,13 @@ impl Parts {
         Self { pixels, size, count: pixels.div_ceil(size) }
     }
 
+    /// Parts of whole lines, so that pieces of a map can be cut where its parts are.
+    fn of_lines(height: usize, width: usize) -> Self {
+        let pixels = height * width;
+        let size = (Self::of(pixels).size / width.max(1)).max(1) * width.max(1);
+        Self { pixels, size, count: pixels.div_ceil(size) }
+    }
+
     fn range(self, index: usize) -> std::ops::Range<usize> {
         index * self.size..self.pixels.min((index + 1) * self.size)
     }
@@ -204,9 +218,16 @@ impl Moments {
     }
 }
 
-/// The moments of each row's channels (rows · channels).
-fn moments<E: Element>(x: &[E], rows: usize, pixels: usize, channels: usize) -> Result<Vec<Moments>> {
-    let parts = Parts::of(pixels);
+/// Joins the moments of each row's channels (rows · channels) to those that were seen before, part after part.
+fn join_moments(x: &Buffer, parts: Parts, channels: usize, totals: &mut [Moments]) -> Result<()> {
+    match x.format() {
+        Format::F32 => join_moments_of::<f32>(x.values(), parts, channels, totals),
+        Format::Bf16 => join_moments_of::<bf16>(x.values(), parts, channels, totals),
+    }
+}
+
+fn join_moments_of<E: Element>(x: &[E], parts: Parts, channels: usize, totals: &mut [Moments]) -> Result<()> {
+    let (rows, pixels) = (totals.len() / channels.max(1), parts.pixels);
     let mut partial = vec![0f64; rows * parts.count * channels * 2];
     let shared = Shared::new(&mut partial);
     run_tasks(rows * parts.count, WORK * x.len(), |task| {
@@ -218,7 +239,6 @@ fn moments<E: Element>(x: &[E], rows: usize, pixels: usize, channels: usize) -> 
         dispatch(Isa::best(), Sum { x: &x[start..start + range.len() * channels], channels, sums });
         Ok(())
     })?;
-    let mut totals = vec![Moments::default(); rows * channels];
     for (task, sums) in partial.chunks_exact(channels * 2).enumerate() {
         let (row, range) = (task / parts.count, parts.range(task % parts.count));
         let count = range.len() as f64;
@@ -232,7 +252,7 @@ fn moments<E: Element>(x: &[E], rows: usize, pixels: usize, channels: usize) -> 
             *total = total.join(if squares.is_finite() { part } else { Moments { squares: f64::NAN, ..part } });
         }
     }
-    Ok(totals)
+    Ok(())
 }
 
 /// Sums each channel's distances from its first pixel, and their squares: (2, channels). The first pixel

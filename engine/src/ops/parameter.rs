@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::kernel::blocks::{Quantisation, STRETCH};
 use super::tensor::{Place, Tensor};
 use crate::Result;
 
@@ -15,15 +16,24 @@ pub(crate) enum Stored {
     F32,
     F16,
     Bf16,
+    Quantised(Quantisation),
 }
 
 impl Stored {
-    pub fn bytes(self) -> usize {
+    /// Values of a block, and the bytes that it takes; plain numbers are blocks of one.
+    pub fn block(self) -> (usize, usize) {
         match self {
-            Self::F64 => 8,
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F64 => (1, 8),
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Quantised(format) => (format.values(), format.bytes()),
         }
+    }
+
+    /// Bytes of so many values; `None` if they are not whole blocks, or too many.
+    pub fn bytes(self, values: usize) -> Option<usize> {
+        let (of_block, bytes) = self.block();
+        if values.is_multiple_of(of_block) { (values / of_block).checked_mul(bytes) } else { None }
     }
 }
 
@@ -37,7 +47,7 @@ pub(crate) struct Parameter<'a> {
 impl<'a> Parameter<'a> {
     /// `bytes` must be as many as `dims` ask for.
     pub fn new(bytes: &'a [u8], stored: Stored, dims: &[usize]) -> Self {
-        assert_eq!(bytes.len(), dims.iter().product::<usize>() * stored.bytes(), "bytes of a weight");
+        assert_eq!(Some(bytes.len()), stored.bytes(dims.iter().product()), "bytes of a weight");
         Self { bytes: Cow::Borrowed(bytes), stored, dims: dims.to_vec() }
     }
 
@@ -63,11 +73,23 @@ impl<'a> Parameter<'a> {
         &self.dims
     }
 
+    /// Its blocks' format and bytes, if it is stored in blocks.
+    pub fn quantised(&self) -> Option<(Quantisation, &[u8])> {
+        match self.stored {
+            Stored::Quantised(format) => Some((format, &self.bytes)),
+            _ => None,
+        }
+    }
+
     /// Its values from `start` on.
     pub fn read(&self, start: usize, to: &mut [f32]) {
-        let each = self.stored.bytes();
+        if let Stored::Quantised(format) = self.stored {
+            return unpack(format, &self.bytes, start, to);
+        }
+        let (_, each) = self.stored.block();
         let bytes = &self.bytes[start * each..(start + to.len()) * each];
         match self.stored {
+            Stored::Quantised(_) => {}
             Stored::F64 => convert(bytes, to, |bytes: [u8; 8]| f64::from_le_bytes(bytes) as f32),
             Stored::F32 => convert(bytes, to, f32::from_le_bytes),
             Stored::Bf16 => convert(bytes, to, |bytes: [u8; 2]| bf16::from_le_bytes(bytes).to_f32()),
@@ -104,6 +126,22 @@ impl<'a> Parameter<'a> {
     }
 }
 
+/// The values of blocks from number `start` on.
+fn unpack(format: Quantisation, bytes: &[u8], start: usize, to: &mut [f32]) {
+    let mut lines = [[0.0]; STRETCH];
+    let (mut at, mut to) = (start, to);
+    while !to.is_empty() {
+        let (block, place) = (at / format.values(), at % format.values());
+        let blocks = bytes[block * format.bytes()..][..format.bytes()].as_chunks::<1>().0;
+        format.unpack(blocks, place / STRETCH, &mut lines);
+        let values = &lines.as_flattened()[place % STRETCH..];
+        let count = values.len().min(to.len());
+        let (here, behind) = to.split_at_mut(count);
+        here.copy_from_slice(&values[..count]);
+        (at, to) = (at + count, behind);
+    }
+}
+
 fn convert<const N: usize>(bytes: &[u8], to: &mut [f32], of: impl Fn([u8; N]) -> f32) {
     for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *to = of(*bytes);
@@ -113,6 +151,7 @@ fn convert<const N: usize>(bytes: &[u8], to: &mut [f32], of: impl Fn([u8; N]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::reference;
 
     #[test]
     fn every_stored_format_is_read() {
@@ -122,6 +161,20 @@ mod tests {
         assert_eq!(read(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Stored::F32), values);
         assert_eq!(read(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(), Stored::F16), values);
         assert_eq!(read(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(), Stored::Bf16), values);
+    }
+
+    #[test]
+    fn a_part_of_blocks_is_read_from_its_place() {
+        for format in Quantisation::ALL {
+            let bytes = reference::quantised(format, 768, 1);
+            let parameter = Parameter::new(&bytes, Stored::Quantised(format), &[3, 256]);
+            let all = parameter.values();
+            for (start, len) in [(0, 768), (256, 256), (31, 2), (5, 700), (767, 1), (64, 0)] {
+                let mut part = vec![f32::NAN; len];
+                parameter.read(start, &mut part);
+                assert_eq!(part, all[start..start + len]);
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The plain forms that the fast ones are tested against, and numbers to feed them.
 
 use candle_core::{DType, Device};
-use half::bf16;
+use half::{bf16, f16};
 
 use super::buffer::Format;
 use super::conv::ConvShape;
+use super::kernel::blocks::Quantisation;
 use super::parameter::Parameter;
 use super::tensor::{Place, Tensor};
 
@@ -54,6 +55,26 @@ pub(super) fn tensor_at<const N: usize>(shape: [usize; N], salt: u32, place: &Pl
 /// [`numbers`] as a weight.
 pub(super) fn parameter<const N: usize>(shape: [usize; N], salt: u32) -> Parameter<'static> {
     Parameter::from_values(&numbers(shape.iter().product(), salt), &shape)
+}
+
+/// `count` values of lively blocks: any quants, and scales of about the size that weights have.
+pub(super) fn quantised(format: Quantisation, count: usize, salt: u32) -> Vec<u8> {
+    let blocks = count / format.values();
+    let noise = numbers(blocks * format.bytes(), salt);
+    let mut bytes: Vec<u8> = noise.iter().map(|value| (value * 1000.0) as i32 as u8).collect();
+    // Where a block has numbers in half precision.
+    let halves: &[usize] = match format {
+        Quantisation::Q4_0 | Quantisation::Q5_0 | Quantisation::Q8_0 => &[0],
+        Quantisation::Q4_1 | Quantisation::Q5_1 | Quantisation::Q4K | Quantisation::Q5K => &[0, 2],
+        Quantisation::Q6K => &[208],
+    };
+    for (block, bytes) in bytes.chunks_exact_mut(format.bytes()).enumerate() {
+        for at in halves {
+            let value = f16::from_f32(noise[block * format.bytes() + at] * 0.01);
+            bytes[*at..at + 2].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
 }
 
 /// A tensor's values in order.

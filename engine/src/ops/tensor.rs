@@ -47,6 +47,11 @@ impl Place {
         self.device.is_cpu().then_some(if self.dtype == DType::BF16 { Format::Bf16 } else { Format::F32 })
     }
 
+    /// Bytes of a value as it is computed with here.
+    pub fn value_bytes(&self) -> usize {
+        self.on_host().map_or(self.dtype.size_in_bytes(), Format::bytes)
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }

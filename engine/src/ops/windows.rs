@@ -188,6 +188,7 @@ impl<E: Element> Call<'_, E> {
                     finish: self.finish,
                     output,
                     sums,
+                    unpacked: &mut [],
                 };
                 dispatch(Isa::best(), block);
             })

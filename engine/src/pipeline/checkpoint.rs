@@ -65,6 +65,7 @@ impl Checkpoint {
         let sampler = read_sampler(&folder.join("scheduler/scheduler_config.json"))?;
         let vae = Vae::load(&folder.join("vae"), place)?;
         let family = load(&Parts { folder, index, vae: &vae.config, place })?;
+        let sampler = if family.overrules_sampler() { sampler } else { sampler.as_written() };
         let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
         Ok(Self { device: device.clone(), family, vae, sampler, embeddings })
     }
@@ -107,11 +108,10 @@ impl Checkpoint {
     }
 
     fn decode_rows(&self, latents: &[Latent]) -> Result<Vec<RgbImage>> {
-        let scale = self.vae.config.scaling_factor as f32;
-        let values: Vec<f32> =
-            latents.iter().flat_map(|latent| latent.values.iter().map(|value| value / scale)).collect();
+        let mut values: Vec<f32> = latents.iter().flat_map(|latent| latent.values.iter().copied()).collect();
+        self.vae.config.from_denoiser(&mut values);
         let Latent { channels, height, width, .. } = latents[0];
-        let decoded = self.vae.decode(&values, [latents.len(), channels, height, width])?;
+        let decoded = self.vae.decode(&values, [latents.len(), channels, height, width], usize::MAX)?;
         let (_, height, width, _) = decoded.dims4()?;
         let values = decoded.to_values()?;
         let rows = values.chunks_exact(height * width * 3).zip(latents);

@@ -114,6 +114,11 @@ pub(super) trait Family: Send + Sync {
     /// Bytes of the denoiser's weights.
     fn weight_bytes(&self) -> usize;
 
+    /// Whether the family's pipeline overrules values of `scheduler_config.json`.
+    fn overrules_sampler(&self) -> bool {
+        false
+    }
+
     /// What the noise levels of a checkpoint trained by flow matching depend on, for latents of `shape`'s channels,
     /// height and width.
     fn flow(&self, _shape: [usize; 3]) -> Flow {

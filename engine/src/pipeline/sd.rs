@@ -67,4 +67,8 @@ impl Family for StableDiffusion {
     fn weight_bytes(&self) -> usize {
         self.unet.weight_bytes
     }
+
+    fn overrules_sampler(&self) -> bool {
+        true
+    }
 }

@@ -3,7 +3,8 @@
 //! its Stable Diffusion pipeline (`pipeline_stable_diffusion.py`, `__init__`), because the pictures must be:
 //!
 //! - Without a choice, the file is read with the defaults of the class it names.
-//! - The pipeline takes `steps_offset` as 1 and `clip_sample` as false, whatever the file says.
+//! - The pipeline takes `steps_offset` as 1 and `clip_sample` as false, whatever the file says; those of
+//!   later families take the file as it is.
 //! - Another sampler, or another schedule than the file's, reads the same file with its own class's
 //!   defaults for what the file leaves out; those defaults the pipeline does not touch.
 //!
@@ -53,9 +54,16 @@ pub struct SamplerConfig {
     /// The sampler that the checkpoint names, if it is one of ours.
     kind: Option<SamplerKind>,
     values: Map<String, Value>,
+    /// Whether it is read by Stable Diffusion's pipeline, which overrules two of its values.
+    overruled: bool,
 }
 
 impl SamplerConfig {
+    /// The same for a pipeline that takes it as it is written.
+    pub fn as_written(self) -> Self {
+        Self { overruled: false, ..self }
+    }
+
     /// Reads the file's text. It may hold `Infinity` and `NaN`, which Python writes and JSON has not.
     ///
     /// # Errors
@@ -81,7 +89,7 @@ impl SamplerConfig {
             let known = CLASSES.map(|(name, _)| name).join(", ");
             return Err(refuse("_class_name", format!("one of {known}"), values.get("_class_name")));
         };
-        Ok(Self { kind: *kind, class, values: values.clone() })
+        Ok(Self { kind: *kind, class, values: values.clone(), overruled: true })
     }
 
     /// The sampler that a request gets and the options it reads, by the rules above.
@@ -113,8 +121,10 @@ impl SamplerConfig {
                 values.insert(name.to_owned(), value);
             }
         };
-        overrule("steps_offset", 1.into());
-        overrule("clip_sample", false.into());
+        if self.overruled {
+            overrule("steps_offset", 1.into());
+            overrule("clip_sample", false.into());
+        }
         if let Some(schedule) = schedule {
             for (flag, named) in SCHEDULE_FLAGS {
                 values.insert(flag.to_owned(), (named == schedule).into());
@@ -175,7 +185,7 @@ pub(super) fn schedule(options: &Options) -> Result<ScheduleKind> {
 }
 
 /// Puts quotes around the numbers that Python writes and JSON has not; text inside strings stays.
-fn quote_infinities(text: &str) -> String {
+pub(crate) fn quote_infinities(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len());
     let mut rest = text;
     let mut in_string = false;

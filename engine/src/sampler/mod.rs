@@ -28,6 +28,7 @@ mod pndm;
 mod tests;
 
 pub use config::SamplerConfig;
+pub(crate) use config::quote_infinities;
 pub use kind::{SamplerKind, ScheduleKind};
 
 use self::sigmas::Spacing;

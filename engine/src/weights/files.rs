@@ -9,7 +9,8 @@ use crate::{Error, Result};
 /// Variants of the weights, in order of preference after the plain name.
 const VARIANTS: [&str; 3] = ["fp16", "bf16", "non_ema"];
 
-/// The safetensors files of `folder` that hold `stem`: one file, or the shards that an index lists.
+/// The files of `folder` that hold `stem`: one safetensors file, the shards that an index lists, or one GGUF
+/// file of whatever name.
 pub(super) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
     let whole = |variant: Option<&str>| match variant {
         None => format!("{stem}.safetensors"),
@@ -29,6 +30,9 @@ pub(super) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
             return shards(folder, &path);
         }
     }
+    if let Some(path) = only_gguf(folder)? {
+        return Ok(vec![path]);
+    }
     let pickle = [format!("{stem}.bin"), "pytorch_model.bin".to_owned()];
     match pickle.iter().find(|name| folder.join(name).exists()) {
         Some(name) => {
@@ -37,6 +41,18 @@ pub(super) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
         }
         None => Err(Error::checkpoint(folder, format!("has no `{}`", whole(None)))),
     }
+}
+
+/// The folder's GGUF file: these are called after the model and its format.
+fn only_gguf(folder: &Path) -> Result<Option<PathBuf>> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(None) };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut found: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|end| end == "gguf")).collect();
+    if found.len() > 1 {
+        let problem = format!("must hold one GGUF file, but has {}: which one is meant?", found.len());
+        return Err(Error::checkpoint(folder, problem));
+    }
+    Ok(found.pop())
 }
 
 fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
@@ -87,6 +103,16 @@ mod tests {
         let index = r#"{"weight_map": {"a": "../secret.safetensors"}}"#;
         let sharded = folder(&[("m.safetensors.index.json", index)]);
         assert!(find(sharded.path(), "m").unwrap_err().to_string().contains("../secret.safetensors"));
+    }
+
+    #[test]
+    fn a_gguf_file_of_any_name_is_found_where_there_is_one() {
+        let one = folder(&[("flux1-dev-Q4_K_S.gguf", ""), ("config.json", "")]);
+        assert_eq!(names(find(one.path(), "m")), ["flux1-dev-Q4_K_S.gguf"]);
+        let both = folder(&[("a.gguf", ""), ("m.safetensors", "")]);
+        assert_eq!(names(find(both.path(), "m")), ["m.safetensors"]);
+        let two = folder(&[("a.gguf", ""), ("b.gguf", "")]);
+        assert!(find(two.path(), "m").unwrap_err().to_string().contains("must hold one GGUF file, but has 2"));
     }
 
     #[test]

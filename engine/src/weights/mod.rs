@@ -1,7 +1,8 @@
-//! Tensors from safetensors files, mapped and read one at a time, so that a model never lies in memory
+//! Tensors from safetensors and GGUF files, mapped and read one at a time, so that a model never lies in memory
 //! twice. Whatever a part lacks, has too much of or has in another shape is named in one error.
 
 mod files;
+mod gguf;
 mod layers;
 
 use std::cell::RefCell;
@@ -13,7 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+
+use self::gguf::Entry;
 
 use crate::ops::{Parameter, Place, Stored as Format, Tensor};
 use crate::{Error, Result};
@@ -34,7 +38,8 @@ pub(crate) struct Weights {
 struct Stored {
     map: usize,
     bytes: Range<usize>,
-    dtype: Dtype,
+    /// Its format, or the word for one that cannot be read.
+    format: Result<Format, String>,
     shape: Vec<usize>,
 }
 
@@ -72,14 +77,13 @@ impl Weights {
         let map = unsafe { Mmap::map(&file) }.map_err(|error| refuse(error.to_string()))?;
         let map = Arc::new(map);
         prefetch(Arc::clone(&map));
-        let tensors = SafeTensors::deserialize(&map)
-            .map_err(|error| refuse(format!("is not a complete safetensors file: {error}")))?;
-        for (name, view) in tensors.iter() {
-            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
-            let bytes = start..start + view.data().len();
-            let stored = Stored { map: self.maps.len(), bytes, dtype: view.dtype(), shape: view.shape().to_vec() };
-            if self.stored.insert(name.to_owned(), stored).is_some() {
-                return Err(refuse(format!("tensor `{name}` is also in another file of this part")));
+        let entries = if gguf::is_gguf(&map) { gguf::read(&map) } else { read_safetensors(&map) }.map_err(refuse)?;
+        for Entry { name, format, shape, bytes } in entries {
+            let stored = Stored { map: self.maps.len(), bytes, format, shape };
+            if let Some(twice) = self.stored.insert(name.clone(), stored) {
+                let other =
+                    if twice.map == self.maps.len() { "there twice" } else { "also in another file of this part" };
+                return Err(refuse(format!("tensor `{name}` is {other}")));
             }
         }
         self.maps.push(map);
@@ -156,17 +160,14 @@ impl Weights {
     }
 
     fn parameter(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Parameter<'_>> {
-        let format = match stored.dtype {
-            Dtype::F64 => Format::F64,
-            Dtype::F32 => Format::F32,
-            Dtype::F16 => Format::F16,
-            Dtype::BF16 => Format::Bf16,
-            other => {
-                let problem = format!("tensor `{name}` has format {other:?}; f32, f16, bf16 or f64 can be read");
-                return Err(Error::checkpoint(&self.folder, problem));
+        match &stored.format {
+            Ok(format) => Ok(Parameter::new(&self.maps[stored.map][stored.bytes.clone()], *format, shape)),
+            Err(word) => {
+                let readable = "f32, f16, bf16, f64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K";
+                let problem = format!("tensor `{name}` has format {word}; {readable} can be read");
+                Err(Error::checkpoint(&self.folder, problem))
             }
-        };
-        Ok(Parameter::new(&self.maps[stored.map][stored.bytes.clone()], format, shape))
+        }
     }
 
     /// Tells the system that a tensor has been read.
@@ -175,6 +176,24 @@ impl Weights {
             release(&self.maps[stored.map], stored.bytes.clone());
         }
     }
+}
+
+/// The tensors of a safetensors file, or what is wrong with it.
+fn read_safetensors(file: &[u8]) -> Result<Vec<Entry>, String> {
+    let tensors =
+        SafeTensors::deserialize(file).map_err(|error| format!("is not a complete safetensors file: {error}"))?;
+    let entry = |(name, view): (&str, TensorView<'_>)| {
+        let start = view.data().as_ptr().addr() - file.as_ptr().addr();
+        let format = match view.dtype() {
+            Dtype::F64 => Ok(Format::F64),
+            Dtype::F32 => Ok(Format::F32),
+            Dtype::F16 => Ok(Format::F16),
+            Dtype::BF16 => Ok(Format::Bf16),
+            other => Err(format!("{other:?}")),
+        };
+        Entry { name: name.to_owned(), format, shape: view.shape().to_vec(), bytes: start..start + view.data().len() }
+    };
+    Ok(tensors.iter().map(entry).collect())
 }
 
 /// Has the system read all of the map ahead, on a thread of its own: on a cold start the disk then works
@@ -266,7 +285,9 @@ impl Scope<'_> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
     use candle_core::{DType, Device, Tensor};
+    use half::f16;
 
     use super::{HashMap, Place, Weights};
 
@@ -332,6 +353,29 @@ mod tests {
         let (_folder, weights) = part(&[("ids", Tensor::new(&[1u32], &Device::Cpu).unwrap())]);
         let error = weights.root().tensor("ids", &[1]).unwrap_err().to_string();
         assert!(error.contains("tensor `ids` has format U32"), "{error}");
+    }
+
+    #[test]
+    fn the_tensors_of_a_gguf_file_are_read_in_the_order_of_their_rows() {
+        let folder = tempfile::tempdir().unwrap();
+        let values: Vec<f32> = (0..4 * 64).map(|value| (value as f32 / 9.0).sin()).collect();
+        let weight = Tensor::from_slice(&values, (4, 64), &Device::Cpu).unwrap();
+        let quantised = QTensor::quantize(&weight, GgmlDType::Q8_0).unwrap();
+        let bias = QTensor::quantize(&weight.narrow(1, 0, 1).unwrap().flatten_all().unwrap(), GgmlDType::F16).unwrap();
+        let mut file = std::fs::File::create(folder.path().join("model.gguf")).unwrap();
+        gguf_file::write(&mut file, &[], &[("a.weight", &quantised), ("a.bias", &bias)]).unwrap();
+        let weights = Weights::open(folder.path(), "model", &Place::host()).unwrap();
+        let expected = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(weights.root().tensor("a.weight", &[4, 64]).unwrap().to_values().unwrap(), expected);
+        let layer = weights.root().at("a").linear(64, 4).unwrap();
+        let mut one = [0.0; 64];
+        one[5] = 1.0;
+        let got = layer.forward(&crate::ops::Tensor::new(&one, &[1, 64], &Place::host()).unwrap()).unwrap();
+        for (output, value) in got.to_values().unwrap().into_iter().enumerate() {
+            let bias = f16::from_f32(values[output * 64]).to_f32();
+            assert_eq!(value, expected[output * 64 + 5] + bias);
+        }
+        weights.finish(|_| false).unwrap();
     }
 
     #[test]

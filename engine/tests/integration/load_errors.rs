@@ -140,6 +140,29 @@ fn options_that_change_the_maths_are_refused_by_name_and_value() {
 }
 
 #[test]
+fn a_u_net_that_is_told_other_things_than_its_family_is_refused() {
+    let folder = copy_of("sdxl");
+    change_config(folder.path(), "unet/config.json", "addition_embed_type", json!(null));
+    assert!(refusal(folder.path()).contains("tensors that this model does not have: add_embedding.linear_1.bias"));
+
+    let folder = copy_of("sdxl");
+    change_config(folder.path(), "unet/config.json", "addition_time_embed_dim", json!(4));
+    let text = refusal(folder.path());
+    assert!(
+        text.contains("`projection_class_embeddings_input_dim` must be") && text.ends_with("(44), but is 68"),
+        "{text}"
+    );
+
+    let folder = copy_of("sdxl");
+    change_config(folder.path(), "model_index.json", "_class_name", json!("StableDiffusionPipeline"));
+    assert!(refusal(folder.path()).contains("`addition_embed_type` must be null for Stable Diffusion 1.x and 2.x"));
+
+    let folder = copy_of("sdxl");
+    std::fs::remove_dir_all(folder.path().join("text_encoder_2")).unwrap();
+    assert!(refusal(folder.path()).contains("text_encoder_2"));
+}
+
+#[test]
 fn parts_that_do_not_fit_together_are_refused() {
     let folder = copy_of("sd1");
     std::fs::remove_dir_all(folder.path().join("text_encoder")).unwrap();

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Latent, RowId, RowRequest, RunningBatch, SamplerKind, ScheduleKind, render};
+use engine::{
+    Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RunningBatch, SamplerKind, ScheduleKind, render,
+};
 
 use crate::support::{checkpoint, request};
 
@@ -16,6 +18,11 @@ fn rows(width: usize, height: usize) -> Vec<RowRequest> {
         RowRequest {
             sampler: Some(SamplerKind::EulerAncestral),
             negative_prompt: "a black square".to_owned(),
+            micro_conditioning: MicroConditioning {
+                original_size: Some((512, 300)),
+                crop: (7, 9),
+                target_size: Some((64, 32)),
+            },
             ..base("a large pink heart left of a cyan cross", 5, 3)
         },
         RowRequest {
@@ -95,6 +102,11 @@ fn rows_that_join_late_equal_rows_alone_on_tiny_checkpoints() {
     rows_that_join_late_equal_rows_alone("sd1", 64, 64);
     rows_that_join_late_equal_rows_alone("sd2", 72, 40);
     rows_that_join_late_equal_rows_alone("one_layer", 36, 68);
+}
+
+#[test]
+fn rows_that_join_late_equal_rows_alone_in_every_family() {
+    rows_that_join_late_equal_rows_alone("sdxl", 64, 40);
 }
 
 #[test]

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use engine::{RowRequest, render};
+use engine::{MicroConditioning, RowRequest, render};
 use image::RgbImage;
 use serde::Deserialize;
 
 use crate::support::{CHECKPOINTS, checkpoint, fixtures};
 
-/// One entry of `pictures.json`.
+/// One entry of `pictures.json` or of a family's list in `pictures/`.
 #[derive(Deserialize)]
 struct Golden {
     checkpoint: String,
@@ -22,6 +22,12 @@ struct Golden {
     sampler: Option<String>,
     schedule: Option<String>,
     seed: u64,
+    #[serde(default)]
+    original_size: Option<(usize, usize)>,
+    #[serde(default)]
+    crop: (usize, usize),
+    #[serde(default)]
+    target_size: Option<(usize, usize)>,
 }
 
 impl Golden {
@@ -36,9 +42,20 @@ impl Golden {
             sampler: self.sampler.as_deref().map(|word| word.parse().unwrap()),
             schedule: self.schedule.as_deref().map(|word| word.parse().unwrap()),
             seed: self.seed,
-            ..RowRequest::default()
+            micro_conditioning: MicroConditioning {
+                original_size: self.original_size,
+                crop: self.crop,
+                target_size: self.target_size,
+            },
         }
     }
+}
+
+fn goldens() -> Vec<Golden> {
+    let listed = std::fs::read_dir(fixtures().join("pictures")).unwrap().map(|entry| entry.unwrap().path());
+    let lists = listed.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+    let read = |path| serde_json::from_str::<Vec<Golden>>(&std::fs::read_to_string(path).unwrap()).unwrap();
+    lists.chain([fixtures().join("pictures.json")]).flat_map(read).collect()
 }
 
 fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
@@ -48,8 +65,7 @@ fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
 
 #[test]
 fn every_picture_is_at_most_one_level_off_diffusers() {
-    let list = std::fs::read_to_string(fixtures().join("pictures.json")).unwrap();
-    let goldens: Vec<Golden> = serde_json::from_str(&list).unwrap();
+    let goldens = goldens();
     let mut worst: BTreeMap<&str, (u8, usize)> = BTreeMap::new();
     let mut off = Vec::new();
     for golden in &goldens {

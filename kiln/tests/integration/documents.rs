@@ -27,6 +27,14 @@ fn the_configuration_page_names_every_key_with_its_default() {
 }
 
 #[test]
+fn the_configuration_page_names_every_family() {
+    let page = page("docs/configuration.md");
+    for facts in &engine::FAMILIES {
+        assert!(page.contains(&format!("`{}`", facts.word)), "docs/configuration.md lacks `{}`", facts.word);
+    }
+}
+
+#[test]
 fn every_variable_that_a_page_names_exists() {
     let known: Vec<String> = farm::config::keys().iter().map(farm::config::Key::variable).collect();
     let others =

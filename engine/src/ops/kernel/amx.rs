@@ -9,6 +9,8 @@
 //! positions that fill no tile get a tile with fewer rows, which computes each row as a full one does, and
 //! never the vector kernel, whose order is another.
 
+use std::ops::Range;
+
 use half::bf16;
 
 #[cfg(test)]
@@ -23,8 +25,9 @@ pub(super) use product::CHUNK_STEPS;
 
 use super::element::Element;
 use super::panels::PANEL;
-use super::product::Block;
+use super::product::{Block, Right};
 use super::simd::Simd;
+use super::tile::Piece;
 use crate::ops::buffer::Format;
 use product::Product;
 
@@ -99,26 +102,49 @@ impl<E: Element> Block<'_, E> {
 
     /// As [`Block::run_by_tiles`], with any unit.
     #[inline(always)]
-    fn run_by<S: Simd, T: Tiles>(self, simd: S, unit: &mut T) {
+    fn run_by<S: Simd, T: Tiles>(mut self, simd: S, unit: &mut T) {
         assert_eq!(E::FORMAT, Format::Bf16, "tiles are of bf16");
         self.check();
-        let panel = self.weight.inner() * PANEL;
         for start in self.panels.clone().step_by(GROUP) {
             let group = start..self.panels.end.min(start + GROUP);
-            let product = Product {
-                left: self.left.as_ptr().cast(),
-                left_stride: self.left_stride,
-                lines: self.lines,
-                right: self.weight.values::<E>().as_ptr().wrapping_add(start * panel).cast(),
-                panel,
-                panels: group.len(),
-                sums: self.sums.as_mut_ptr(),
-            };
-            // SAFETY: `check` saw to the left factor, the weights and the room for the sums.
-            unsafe {
-                product.run(unit, self.pieces);
+            if self.weight.is_quantised() {
+                // Chunk by chunk, each unpacked before it is used.
+                for (index, pieces) in self.pieces.iter().enumerate() {
+                    let right = self.right(simd, &group, pieces);
+                    self.multiply(unit, &group, &right, &[&*right.pieces], index > 0);
+                }
+            } else {
+                let right = self.right(simd, &group, &[]);
+                let chunks: Vec<&[Piece]> = self.pieces.iter().map(Vec::as_slice).collect();
+                self.multiply(unit, &group, &right, &chunks, false);
             }
             self.store(simd, &group);
+        }
+    }
+
+    /// The sums of the panels `group` over these chunks.
+    #[inline(always)]
+    fn multiply<T: Tiles>(
+        &mut self,
+        unit: &mut T,
+        group: &Range<usize>,
+        right: &Right<'_, E>,
+        chunks: &[&[Piece]],
+        go_on: bool,
+    ) {
+        let panel = right.inner * PANEL;
+        let product = Product {
+            left: self.left.as_ptr().cast(),
+            left_stride: self.left_stride,
+            lines: self.lines,
+            right: right.values.wrapping_add(right.panel * panel).cast(),
+            panel,
+            panels: group.len(),
+            sums: self.sums.as_mut_ptr(),
+        };
+        // SAFETY: `check` saw to the left factor, the weights and the room for the sums.
+        unsafe {
+            product.run(unit, chunks, go_on);
         }
     }
 }

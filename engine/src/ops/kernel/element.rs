@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::panels::PANEL;
 use super::simd::Simd;
 use crate::ops::buffer::Value;
 
@@ -37,6 +38,10 @@ pub(in crate::ops) trait Element: Value + Default {
 
     fn from_f32(value: f32) -> Self;
     fn to_f32(self) -> f32;
+
+    /// Rounds inner positions of a panel and lays them out as packed weights are; there are as many
+    /// values as places.
+    fn lay_out(positions: &[[f32; PANEL]], to: &mut [Self]);
 }
 
 // SAFETY: each method passes its caller's promise on.
@@ -79,6 +84,10 @@ impl Element for f32 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn lay_out(positions: &[[f32; PANEL]], to: &mut [f32]) {
+        to.copy_from_slice(positions.as_flattened());
     }
 }
 
@@ -123,4 +132,22 @@ impl Element for bf16 {
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
     }
+    #[inline(always)]
+    fn lay_out(positions: &[[f32; PANEL]], to: &mut [bf16]) {
+        for ([first, second], to) in positions.as_chunks().0.iter().zip(to.as_chunks_mut::<{ 2 * PANEL }>().0) {
+            for ((first, second), to) in first.iter().zip(second).zip(to.as_chunks_mut().0) {
+                *to = [bf16::from_bits(rounded(*first)), bf16::from_bits(rounded(*second))];
+            }
+        }
+    }
+}
+
+/// The bits of the nearest `bf16`, ties to even: as [`bf16::from_f32`], but without a branch, so that
+/// vectors of them are rounded at once.
+#[inline(always)]
+fn rounded(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let bits = if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x0040_0000 } else { nearest };
+    (bits >> 16) as u16
 }

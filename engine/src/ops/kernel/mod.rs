@@ -2,7 +2,8 @@
 //! chosen when the program runs.
 //!
 //! Reading order: `isa` (which instructions there are), `simd` and its implementations, `element` (`f32`
-//! and `bf16` factors), `panels` (packed weights), `tile` (the innermost loop), `product` (blocks of
+//! and `bf16` factors), `panels` (packed weights), `blocks` and `quantised` (weights of few bits),
+//! `tile` (the innermost loop), `product` (blocks of
 //! positions times panels, and what is done with the sums), `functions`, `attention` (keys and queries head
 //! by head), `attention_group` (the softmax) and `attention_tiles` (its two products).
 
@@ -11,6 +12,7 @@
 #![allow(unsafe_code)]
 
 pub(super) mod attention;
+pub(super) mod blocks;
 pub(super) mod element;
 pub(super) mod functions;
 pub(super) mod isa;
@@ -25,6 +27,7 @@ mod attention_pack;
 mod attention_probability;
 mod attention_tiles;
 mod portable;
+mod quantised;
 mod tile;
 
 #[cfg(target_arch = "x86_64")]

@@ -7,8 +7,10 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use super::blocks::Quantisation;
 use super::element::Element;
 use super::isa::{Isa, Kernel, dispatch};
+use super::quantised::Quantised;
 use super::simd::Simd;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
@@ -20,14 +22,34 @@ pub(in crate::ops) const PANEL: usize = 16;
 
 /// A packed right factor (inner, outputs).
 pub(in crate::ops) struct Panels {
-    values: Buffer,
+    values: Values,
     /// Inner positions, a whole number of `DEPTH`s.
     inner: usize,
     /// Outputs that stand for something; the last panel is filled up with zeros.
     outputs: usize,
 }
 
+enum Values {
+    Packed(Buffer),
+    /// Unpacked on the way into a product of this format.
+    Quantised(Quantised, Format),
+}
+
 impl Panels {
+    /// Packs `outputs` columns of `blocks` quantised blocks each for products of `format`; `of(column)` is
+    /// a column's bytes, `None` for zeros.
+    pub fn pack_quantised<'a>(
+        format: Format,
+        quantisation: Quantisation,
+        outputs: usize,
+        blocks: usize,
+        of: impl Fn(usize) -> Option<&'a [u8]> + Send + Sync,
+    ) -> Self {
+        let quantised = Quantised::pack(quantisation, outputs, blocks, of);
+        let inner = quantised.inner();
+        Self { values: Values::Quantised(quantised, format), inner, outputs }
+    }
+
     /// Packs `outputs` columns of `inner` positions; `fill(output, column)` writes one column, whose
     /// values start as zeros. The positions are padded to whole `DEPTH`s of the format.
     pub fn pack(
@@ -84,11 +106,14 @@ impl Panels {
                 })
             })?
         })?;
-        Ok(buffers.into_iter().map(|values| Self { values, inner, outputs }).collect())
+        Ok(buffers.into_iter().map(|values| Self { values: Values::Packed(values), inner, outputs }).collect())
     }
 
     pub fn format(&self) -> Format {
-        self.values.format()
+        match &self.values {
+            Values::Packed(values) => values.format(),
+            Values::Quantised(_, format) => *format,
+        }
     }
 
     pub fn inner(&self) -> usize {
@@ -99,9 +124,25 @@ impl Panels {
         self.outputs
     }
 
-    /// The packed values: (panels, inner / DEPTH, [`PANEL`], DEPTH).
+    /// The packed values: (panels, inner / DEPTH, [`PANEL`], DEPTH); none where weights are quantised.
     pub fn values<E: Element>(&self) -> &[E] {
-        self.values.values()
+        match &self.values {
+            Values::Packed(values) => values.values(),
+            Values::Quantised(..) => &[],
+        }
+    }
+
+    /// The weights, if they are to be unpacked first.
+    pub(super) fn quantised(&self) -> Option<&Quantised> {
+        match &self.values {
+            Values::Packed(_) => None,
+            Values::Quantised(weight, _) => Some(weight),
+        }
+    }
+
+    /// Whether the weights are to be unpacked first.
+    pub fn is_quantised(&self) -> bool {
+        self.quantised().is_some()
     }
 }
 

@@ -1,11 +1,13 @@
 //! Blocks of positions times panels of outputs, and what is done with the sums before they are stored.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::element::Element;
 use super::functions::{gelu, gelu_tanh, quick_gelu, relu, silu};
 use super::isa::Kernel;
 use super::panels::{PANEL, Panels};
+use super::quantised::Unpack;
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use crate::ops::shared::Shared;
@@ -19,8 +21,8 @@ const CHUNK_BYTES: usize = 256 * 1024;
 /// Panels whose sums are kept until they are whole.
 const GROUP: usize = 3;
 
-/// Runs are cut at multiples of so many steps: the depth of a whole tile.
-const CUT: usize = 16;
+/// Runs are cut at multiples of so many steps: the depth of a whole tile, and a stretch of quantised weights.
+const CUT: usize = 32;
 
 /// What follows the sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,11 +80,30 @@ pub(in crate::ops) struct Block<'a, E> {
     pub output: &'a Shared<'a, E>,
     /// Room for [`sums_len`] values.
     pub sums: &'a mut [f32],
+    /// Room for [`unpacked_len`] values.
+    pub unpacked: &'a mut [E],
+}
+
+/// Where the weights of a group of panels and a chunk lie.
+pub(super) struct Right<'a, E> {
+    /// Packed panels,
+    pub values: *const E,
+    /// each of so many inner positions,
+    pub inner: usize,
+    /// and which of them is the group's first.
+    pub panel: usize,
+    /// The chunk, counted as the panels are.
+    pub pieces: Cow<'a, [Piece]>,
 }
 
 /// Values that the sums of a block take.
 pub(in crate::ops) fn sums_len(positions: usize) -> usize {
     positions * GROUP * PANEL
+}
+
+/// Values that a block's weights take once they are unpacked.
+pub(in crate::ops) fn unpacked_len<E: Element>(weight: &Panels) -> usize {
+    if weight.is_quantised() { weight.inner().min(chunk_steps::<E>() * E::DEPTH) * GROUP * PANEL } else { 0 }
 }
 
 /// `panels` in as few groups of at most `most` as there can be, of about one size.
@@ -127,7 +148,7 @@ pub(in crate::ops) fn chunks<E: Element>(runs: impl IntoIterator<Item = (usize, 
     chunks
 }
 
-impl<E: Element> Block<'_, E> {
+impl<'a, E: Element> Block<'a, E> {
     /// Panics unless every place that the block will touch is there.
     pub(super) fn check(&self) {
         let reach = self.pieces.iter().flatten().map(|piece| piece.left + piece.steps * E::DEPTH).max().unwrap_or(0);
@@ -145,16 +166,34 @@ impl<E: Element> Block<'_, E> {
         assert_eq!(self.weight.outputs(), columns, "outputs of a product");
         let positions: usize = self.lines.iter().map(|line| line.positions).sum();
         assert!(sums_len(positions) <= self.sums.len(), "room for the sums");
+        assert!(unpacked_len::<E>(self.weight) <= self.unpacked.len(), "room for unpacked weights");
+    }
+
+    /// The weights of the panels `group` at the inner positions of a chunk, unpacked if need be.
+    #[inline(always)]
+    pub(super) fn right<S: Simd>(&mut self, simd: S, group: &Range<usize>, chunk: &'a [Piece]) -> Right<'a, E> {
+        let Some(weight) = self.weight.quantised() else {
+            let (values, inner) = (self.weight.values::<E>().as_ptr(), self.weight.inner());
+            return Right { values, inner, panel: group.start, pieces: Cow::Borrowed(chunk) };
+        };
+        let first = chunk.first().map_or(0, |piece| piece.first);
+        let steps: usize = chunk.iter().map(|piece| piece.steps).sum();
+        let (inner, start) = (steps * E::DEPTH, first * E::DEPTH);
+        let to = &mut self.unpacked[..group.len() * inner * PANEL];
+        simd.call(Unpack { weight, panels: group.clone(), inner: start..start + inner, to });
+        let pieces = chunk.iter().map(|piece| Piece { first: piece.first - first, ..*piece }).collect();
+        Right { values: self.unpacked.as_ptr(), inner, panel: 0, pieces }
     }
 
     /// The sums of the panels `group` at all positions.
     #[inline(always)]
     fn sum<S: Simd>(&mut self, simd: S, group: &Range<usize>) {
         let per_panel = PANEL / S::LANES;
-        let (first, count) = (group.start * per_panel, group.len() * per_panel);
+        let count = group.len() * per_panel;
         let width = count.div_ceil(count.div_ceil(S::TILE.1));
         let sums_stride = group.len() * PANEL;
         for (chunk, pieces) in self.pieces.iter().enumerate() {
+            let right = self.right(simd, group, pieces);
             for vector in (0..count).step_by(width) {
                 let mut at = 0;
                 for line in self.lines {
@@ -162,11 +201,11 @@ impl<E: Element> Block<'_, E> {
                         left: self.left.as_ptr().wrapping_add(line.left),
                         left_stride: self.left_stride,
                         positions: line.positions,
-                        right: self.weight.values::<E>().as_ptr(),
-                        inner: self.weight.inner(),
-                        vector: first + vector,
+                        right: right.values,
+                        inner: right.inner,
+                        vector: right.panel * per_panel + vector,
                         vectors: width.min(count - vector),
-                        pieces,
+                        pieces: &right.pieces,
                         sums: self.sums.as_mut_ptr().wrapping_add(at * sums_stride + vector * S::LANES),
                         sums_stride,
                         go_on: chunk > 0,

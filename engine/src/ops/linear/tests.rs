@@ -1,5 +1,7 @@
 use super::*;
+use crate::ops::kernel::blocks::Quantisation;
 use crate::ops::norm::GroupNorm;
+use crate::ops::parameter::Stored;
 use crate::ops::reference::{self, parameter, tensor_at};
 
 const ACTIVATIONS: [Activation; 7] = [
@@ -49,7 +51,7 @@ fn plain(x: &Tensor, weight: &[f32], bias: &[f32], activation: Activation, resid
 fn elsewhere(weight: &Parameter<'_>, bias: Option<&Parameter<'_>>, activation: Activation) -> Linear {
     let (outputs, inputs) = (weight.dims()[0], weight.dims()[1]);
     let bias = bias.map(|bias| bias.on_device(&Place::host()).unwrap());
-    let weight = weight.on_device(&Place::host()).unwrap().t().unwrap().contiguous().unwrap();
+    let weight = DeviceWeight::new(weight, &Place::host()).unwrap();
     Linear { weight: Weight::Device { weight, bias }, inputs, outputs, activation }
 }
 
@@ -230,6 +232,20 @@ fn the_path_for_other_devices_agrees() {
 }
 
 #[test]
+fn the_path_for_other_devices_agrees_on_quantised_weights() {
+    for format in Quantisation::ALL {
+        let (outputs, inputs) = (34, 512);
+        let bytes = reference::quantised(format, outputs * inputs, 1);
+        let weight = Parameter::new(&bytes, Stored::Quantised(format), &[outputs, inputs]);
+        let here = Linear::new(&weight, None, &Place::host()).unwrap();
+        let there = elsewhere(&weight, None, Activation::Nothing);
+        let x = reference::tensor([2, 7, inputs], 3);
+        let (expected, got) = (here.forward(&x).unwrap(), there.forward(&reference::elsewhere(&x)).unwrap());
+        reference::assert_close(&reference::values(&got), &reference::values(&expected), 1e-5);
+    }
+}
+
+#[test]
 fn any_number_of_dimensions_before_the_width_is_taken() {
     for place in reference::places() {
         let layer = Linear::new(&parameter([7, 5], 1), None, &place).unwrap();
@@ -266,4 +282,53 @@ fn wrong_shapes_are_errors_and_not_panics() {
     let x = reference::tensor([1, 2, 3], 2);
     assert!(there.forward(&x).is_err());
     assert!(there.forward_add(&reference::elsewhere(&x), &reference::tensor([1, 2, 4], 3)).is_err());
+}
+
+/// Layers of blocks and of the numbers in them: `(quantised, dense)`.
+fn pair(format: Quantisation, dims: [usize; 2], bias: bool, then: Activation, place: &Place) -> (Linear, Linear) {
+    let bytes = reference::quantised(format, dims[0] * dims[1], 7);
+    let quantised = Parameter::new(&bytes, Stored::Quantised(format), &dims);
+    let dense = Parameter::from_values(&quantised.values(), &dims);
+    let bias = bias.then(|| parameter([dims[0]], 3));
+    let layer = |weight| Linear::with_activation(weight, bias.as_ref(), then, place).unwrap();
+    (layer(&quantised), layer(&dense))
+}
+
+#[test]
+fn a_quantised_layer_is_the_layer_of_its_numbers_bit_for_bit() {
+    for place in reference::places() {
+        for format in Quantisation::ALL {
+            for (tokens, blocks, outputs) in [(1, 1, 1), (1, 3, 130), (7, 2, 33), (8, 9, 16), (41, 4, 50), (530, 1, 34)]
+            {
+                for (bias, then) in [(false, Activation::Nothing), (true, Activation::Silu), (true, Activation::Gate)] {
+                    let outputs = if then == Activation::Gate { 2 * outputs } else { outputs };
+                    let inputs = blocks * format.values();
+                    let (quantised, dense) = pair(format, [outputs, inputs], bias, then, &place);
+                    let x = tensor_at([2, tokens, inputs], 1, &place);
+                    let expected = dense.forward(&x).unwrap();
+                    reference::assert_same(&quantised.forward(&x).unwrap(), &expected);
+                    let residual = tensor_at([2, tokens, *expected.dims().last().unwrap()], 5, &place);
+                    let expected = dense.forward_add(&x, &residual).unwrap();
+                    reference::assert_same(&quantised.forward_add(&x, &residual).unwrap(), &expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_quantised_layer_keeps_rows_and_threads_apart_and_reads_pending_norms() {
+    for place in reference::places() {
+        let (layer, dense) = pair(Quantisation::Q4_0, [330, 96], true, Activation::Gate, &place);
+        let x = tensor_at([3, 70, 96], 2, &place);
+        reference::assert_rows_stand_alone(&x, &place, |x| layer.forward(x).unwrap());
+        reference::assert_threads_do_not_show(|| layer.forward(&x).unwrap());
+        reference::assert_damage_stays_in_its_row(&x, &place, |x| layer.forward(x).unwrap());
+        let norm = GroupNorm::new(&parameter([96], 1), &parameter([96], 2), 3, 1e-5).unwrap();
+        let pending = norm.forward_silu(&x.reshape(&[3, 7, 10, 96]).unwrap()).unwrap();
+        reference::assert_same(
+            &layer.forward(&pending).unwrap(),
+            &dense.forward(&pending.resolved().unwrap()).unwrap(),
+        );
+    }
 }

@@ -50,7 +50,8 @@ fn a_mean_far_from_zero_costs_no_digits_of_the_variance() {
     for centre in [1e3, -3e4, 1e6] {
         let (x, norm) = (around(centre, [2, 33, 9, 10], &Place::host()), group_norm(10, 2));
         let expected = reference::group_norm(&x, &norm.weight, &norm.bias, 2, EPSILON);
-        let moments = moments::<f32>(x.host().unwrap().values(), 2, 33 * 9, 10).unwrap();
+        let mut moments = vec![Moments::default(); 2 * 10];
+        join_moments(x.host().unwrap(), Parts::of_lines(33, 9), 10, &mut moments).unwrap();
         let pending = norm.pending(&moments, 10, false);
         for (index, value) in reference::values(&x).iter().enumerate() {
             let (row, channel) = (index / (33 * 9 * 10), index % 10);
@@ -154,6 +155,12 @@ fn parts_cover_each_pixel_once() {
         let parts = Parts::of(pixels);
         let covered: Vec<usize> = (0..parts.count).flat_map(|index| parts.range(index)).collect();
         assert!(covered.into_iter().eq(0..pixels), "{pixels} pixels");
+    }
+    for (height, width) in [(1, 1), (9, 13), (64, 64), (3, 5000), (1024, 1024)] {
+        let parts = Parts::of_lines(height, width);
+        let covered: Vec<usize> = (0..parts.count).flat_map(|index| parts.range(index)).collect();
+        assert!(covered.into_iter().eq(0..height * width), "{height} × {width}");
+        assert_eq!(parts.size % width, 0);
     }
 }
 

@@ -6,8 +6,8 @@ use super::*;
 
 fn catalog() -> Catalog {
     let small =
-        ModelFacts { width: 128, height: 64, steps: 20, sampler: Some(Sampler::Ddim), ..ModelFacts::sd15("here") };
-    let models = BTreeMap::from([("demo".to_owned(), small), ("sd15".to_owned(), ModelFacts::sd15("hub/sd15"))]);
+        ModelFacts { width: 128, height: 64, steps: 20, sampler: Some(Sampler::Ddim), ..ModelFacts::assumed("here") };
+    let models = BTreeMap::from([("demo".to_owned(), small), ("sd15".to_owned(), ModelFacts::assumed("hub/sd15"))]);
     Catalog::new(models, "demo").unwrap()
 }
 

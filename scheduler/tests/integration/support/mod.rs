@@ -70,8 +70,8 @@ impl Default for Settings {
 
 /// `demo` (128×128) and `large` (512×512).
 pub fn catalog() -> Catalog {
-    let demo = ModelFacts { width: 128, height: 128, steps: 20, ..ModelFacts::sd15("demo-folder") };
-    let models = BTreeMap::from([("demo".to_owned(), demo), ("large".to_owned(), ModelFacts::sd15("large-folder"))]);
+    let demo = ModelFacts { width: 128, height: 128, steps: 20, ..ModelFacts::assumed("demo-folder") };
+    let models = BTreeMap::from([("demo".to_owned(), demo), ("large".to_owned(), ModelFacts::assumed("large-folder"))]);
     Catalog::new(models, "demo").expect("the default is in the catalog")
 }
 

@@ -65,7 +65,7 @@ impl TestFarm {
         let models = ["a", "b"].map(|name| {
             let weights = folder.path().join(name);
             std::fs::create_dir(&weights).unwrap();
-            (name.to_owned(), ModelFacts::sd15(weights.to_string_lossy()))
+            (name.to_owned(), ModelFacts::assumed(weights.to_string_lossy()))
         });
         let mut config = WorkerConfig {
             name: Some("test".into()),

@@ -50,14 +50,14 @@ struct Pass<'a> {
 }
 
 impl Product<'_> {
-    /// Computes the sums of all `chunks` of the inner positions.
+    /// Computes the sums of these `chunks` of the inner positions, going on from what the sums hold or anew.
     ///
     /// # Safety
     /// All windows, panels and sums must be there, and the sums nobody else's.
-    pub unsafe fn run<T: Tiles>(&self, unit: &mut T, chunks: &[Vec<Piece>]) {
+    pub unsafe fn run<T: Tiles>(&self, unit: &mut T, chunks: &[&[Piece]], go_on: bool) {
         let all_rows = sizes(self.lines.iter().map(|line| line.positions));
         let mut shape = None;
-        let mut go_on = false;
+        let mut go_on = go_on;
         for pieces in chunks {
             for depth in sizes(pieces.iter().map(|piece| piece.steps)) {
                 for panel in (0..self.panels).step_by(2) {

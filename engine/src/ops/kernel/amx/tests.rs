@@ -1,10 +1,12 @@
 use super::emulated::Emulated;
 use super::*;
+use crate::ops::kernel::blocks::Quantisation;
 use crate::ops::kernel::isa::{Isa, Kernel, dispatch};
 use crate::ops::kernel::panels::Panels;
-use crate::ops::kernel::product::{Finish, Line, Then, chunks, sums_len};
+use crate::ops::kernel::product::{Finish, Line, Then, chunks, sums_len, unpacked_len};
 use crate::ops::kernel::tile::Piece;
-use crate::ops::reference::{assert_close, numbers, product};
+use crate::ops::parameter::{Parameter, Stored};
+use crate::ops::reference::{assert_close, numbers, product, quantised};
 use crate::ops::shared::Shared;
 
 /// A product over windows that lie in a buffer like those of a convolution.
@@ -103,8 +105,10 @@ fn sums(case: &Case, unit: &mut impl Tiles, group: usize) -> Vec<f32> {
             panels,
             sums: sums.as_mut_ptr(),
         };
+        let pieces = pieces(case);
+        let chunks: Vec<&[Piece]> = pieces.iter().map(Vec::as_slice).collect();
         // SAFETY: the factors reach as far as the case says.
-        unsafe { product.run(unit, &pieces(case)) };
+        unsafe { product.run(unit, &chunks, false) };
         for (position, sums) in sums.chunks_exact(panels * PANEL).enumerate() {
             let columns = start * PANEL..case.outputs.min((start + panels) * PANEL);
             let count = columns.len();
@@ -232,7 +236,11 @@ impl Kernel for ByTiles<'_> {
 
 /// (positions, outputs) of a whole block with all that can follow the sums.
 fn block(case: &Case, then: Then, isa: Isa, by_tiles: bool) -> Vec<f32> {
-    let (left, weight, lines) = (left(case), weight(case), lines(case));
+    block_of(case, &weight(case), then, isa, by_tiles)
+}
+
+fn block_of(case: &Case, weight: &Panels, then: Then, isa: Isa, by_tiles: bool) -> Vec<f32> {
+    let (left, lines) = (left(case), lines(case));
     let positions: usize = case.lines.iter().sum();
     let outputs = if then == Then::Gate { case.outputs / 2 } else { case.outputs };
     let lines: Vec<Line> =
@@ -241,18 +249,19 @@ fn block(case: &Case, then: Then, isa: Isa, by_tiles: bool) -> Vec<f32> {
     let residual: Vec<bf16> = numbers(positions * outputs, 4).into_iter().map(bf16::from_f32).collect();
     let finish = Finish { outputs, bias: Some(&bias), per_row: None, scale: None, residual: Some(&residual), then };
     let mut output = vec![bf16::ZERO; positions * outputs];
-    let mut sums = vec![0.0; sums_len(positions)];
+    let (mut sums, mut unpacked) = (vec![0.0; sums_len(positions)], vec![bf16::NAN; unpacked_len::<bf16>(weight)]);
     let block = Block {
         left: &left,
         lines: &lines,
         left_stride: case.left_stride,
         output_stride: outputs,
-        weight: &weight,
+        weight,
         panels: 0..weight.outputs().div_ceil(PANEL),
         pieces: &chunks::<bf16>(case.runs.iter().copied()),
         finish: &finish,
         output: &Shared::new(&mut output),
         sums: &mut sums,
+        unpacked: &mut unpacked,
     };
     if by_tiles {
         dispatch(isa, ByTiles(block))
@@ -275,6 +284,24 @@ fn a_block_by_tiles_is_the_block_by_vectors() {
         for isa in Isa::available() {
             // Both round to `bf16` at the end, where a last bit may fall either way.
             assert_close(&block(&case, then, isa, true), &expected, 1.0 / 128.0);
+        }
+    }
+}
+
+#[test]
+fn a_block_of_quantised_weights_is_the_block_of_their_numbers_bit_for_bit() {
+    for (format, inner) in [(Quantisation::Q4_0, 96), (Quantisation::Q8_0, 3232), (Quantisation::Q6K, 1024)] {
+        let (case, each) = (dense(50, inner, 68, 0), inner / format.values() * format.bytes());
+        let bytes = quantised(format, 68 * inner, 1);
+        let numbers = Parameter::new(&bytes, Stored::Quantised(format), &[68, inner]);
+        let dense = Panels::pack(Format::Bf16, 68, inner, |output, to| numbers.read(output * inner, to)).unwrap();
+        let column = |output: usize| Some(&bytes[output * each..][..each]);
+        let packed = Panels::pack_quantised(Format::Bf16, format, 68, inner / format.values(), column);
+        for isa in Isa::available() {
+            for by_tiles in [false, true] {
+                let expected = block_of(&case, &dense, Then::Nothing, isa, by_tiles);
+                assert_eq!(block_of(&case, &packed, Then::Nothing, isa, by_tiles), expected, "{isa} {format:?}");
+            }
         }
     }
 }

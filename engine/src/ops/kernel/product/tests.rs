@@ -133,6 +133,7 @@ impl<E: Element> Data<E> {
             finish: &finish,
             output: &Shared::new(&mut output),
             sums: &mut sums,
+            unpacked: &mut [],
         };
         dispatch(isa, block);
         output.into_iter().map(E::to_f32).collect()

@@ -2,7 +2,9 @@
 //! (`tests/fixtures/README.md`).
 
 mod sd3;
+mod sdxl;
 mod t5;
+mod vae;
 
 use std::path::{Path, PathBuf};
 
@@ -167,7 +169,8 @@ fn decoded_latents_equal_those_of_diffusers() {
         let mut calls = 0;
         while let Some(latents) = goldens.tensor(&format!("vae.{calls}.latents")) {
             let expected = goldens.tensor(&format!("vae.{calls}.picture")).unwrap();
-            let got = ops::channels_first(&vae.decode(&numbers(&latents), dims4(&latents)).unwrap()).unwrap();
+            let got =
+                ops::channels_first(&vae.decode(&numbers(&latents), dims4(&latents), usize::MAX).unwrap()).unwrap();
             let off = difference(&got, &expected);
             assert!(off < 3e-5, "{checkpoint}: decoding {calls} is off by {off}");
             calls += 1;
