@@ -13,6 +13,12 @@ pub(crate) fn guide(negative: &[f32], positive: &[f32], scale: f64) -> Vec<f32> 
     negative.iter().zip(positive).map(|(negative, positive)| negative + scale * (positive - negative)).collect()
 }
 
+/// guided + scale · (positive - worse), value by value: away from what a worse denoiser predicts.
+pub(crate) fn push(guided: &[f32], positive: &[f32], worse: &[f32], scale: f64) -> Vec<f32> {
+    let (scale, pairs) = (scale as f32, positive.iter().zip(worse));
+    guided.iter().zip(pairs).map(|(guided, (positive, worse))| guided + (positive - worse) * scale).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -21,6 +27,11 @@ mod tests {
     fn a_scale_of_one_or_less_needs_no_negative_prompt() {
         assert!(!is_guided(0.0) && !is_guided(1.0));
         assert!(is_guided(1.01));
+    }
+
+    #[test]
+    fn what_layers_add_is_stretched_too() {
+        assert_eq!(push(&[1.0, 2.0], &[2.0, 0.5], &[1.0, 1.5], 3.0), [4.0, -1.0]);
     }
 
     #[test]

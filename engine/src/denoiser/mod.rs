@@ -2,9 +2,12 @@
 //! take one timestep per row. Beside them is what they share.
 
 mod embedding;
+mod patches;
 mod resnet;
 
+mod mmdit;
 mod unet;
 
+pub(crate) use mmdit::{Mmdit, Prompts};
 pub(crate) use resnet::{ResnetBlock, ResnetShape};
 pub(crate) use unet::{Added, UNet};

@@ -1,7 +1,9 @@
 //! Each network against what diffusers and transformers made of the same weights
 //! (`tests/fixtures/README.md`).
 
+mod sd3;
 mod sdxl;
+mod t5;
 mod vae;
 
 use std::path::{Path, PathBuf};
@@ -47,6 +49,11 @@ impl Goldens {
     }
 
     fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> Vec<T> {
+        self.value(name)
+    }
+
+    /// A value of the metadata.
+    fn value<T: serde::de::DeserializeOwned>(&self, name: &str) -> T {
         let (_, header) = SafeTensors::read_metadata(&self.bytes).unwrap();
         serde_json::from_str(&header.metadata().as_ref().unwrap()[name]).unwrap()
     }

@@ -113,12 +113,16 @@ pub(super) fn last(x: &candle_core::Tensor) -> Result<candle_core::Tensor> {
     Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
 }
 
-/// The channels of `left`, then those of `right`, at every pixel.
+/// The channels of `left`, then those of `right`, at every pixel or token.
 pub(crate) fn concat_channels(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    let ((rows, height, width, of_left), of_right) = (left.dims4()?, right.dims4()?.3);
-    if left.dims()[..3] != right.dims()[..3] {
-        return Err(misuse(format!("maps of {:?} and {:?} cannot be joined", left.dims(), right.dims())));
+    let misfit = || misuse(format!("maps of {:?} and {:?} cannot be joined", left.dims(), right.dims()));
+    let ((of_left, before), (of_right, other)) =
+        left.dims().split_last().zip(right.dims().split_last()).ok_or_else(misfit)?;
+    if before != other || left.format() != right.format() {
+        return Err(misfit());
     }
+    let (of_left, of_right) = (*of_left, *of_right);
+    let dims: Vec<usize> = before.iter().copied().chain([of_left + of_right]).collect();
     if let (Some(left), Some(right)) = (left.device_values(), right.device_values()) {
         return Ok(Tensor::on_device(candle_core::Tensor::cat(&[left, right], candle_core::D::Minus1)?));
     }
@@ -129,7 +133,7 @@ pub(crate) fn concat_channels(left: &Tensor, right: &Tensor) -> Result<Tensor> {
         Format::F32 => concat::<f32>((left.values(), of_left), (right.values(), of_right), joined.values_mut()),
         Format::Bf16 => concat::<bf16>((left.values(), of_left), (right.values(), of_right), joined.values_mut()),
     }?;
-    Ok(Tensor::on_host(joined, &[rows, height, width, of_left + of_right]))
+    Ok(Tensor::on_host(joined, &dims))
 }
 
 fn concat<T: Value>(left: (&[T], usize), right: (&[T], usize), to: &mut [T]) -> Result<()> {
@@ -239,6 +243,11 @@ mod tests {
         let (left, right, both) = (reference::values(&left), reference::values(&right), reference::values(&both));
         assert_eq!(both[..5], [left[0], left[1], right[0], right[1], right[2]]);
         assert_eq!(both[15..], [left[6], left[7], right[9], right[10], right[11]]);
+        let (tokens, others) = (reference::tensor([2, 3, 4], 1), reference::tensor([2, 3, 1], 2));
+        assert_eq!(concat_channels(&tokens, &others).unwrap().dims(), [2, 3, 5]);
+        assert!(concat_channels(&tokens, &reference::tensor([2, 4, 1], 2)).is_err());
+        assert!(concat_channels(&tokens, &reference::tensor_at([2, 3, 1], 2, &reference::bf16_place())).is_err());
+        assert!(concat_channels(&reference::tensor([], 1), &others).is_err());
     }
 
     #[test]

@@ -63,6 +63,12 @@ impl<'a> Parameter<'a> {
         Parameter { bytes: Cow::Owned(self.bytes.to_vec()), stored: self.stored, dims: self.dims.clone() }
     }
 
+    /// The same values in another shape.
+    pub fn reshaped(self, dims: &[usize]) -> Self {
+        assert_eq!(self.dims.iter().product::<usize>(), dims.iter().product::<usize>(), "values of a weight");
+        Self { dims: dims.to_vec(), ..self }
+    }
+
     pub fn dims(&self) -> &[usize] {
         &self.dims
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::family::{Conditions, ModelRow};
+use super::family::{Conditions, ModelRow, Pass};
 use crate::noise::NoiseSource;
 use crate::sampler::{self, Sampler};
 use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
@@ -88,6 +88,9 @@ impl RunningBatch {
         if !(request.guidance_scale >= 0.0 && request.guidance_scale.is_finite()) {
             return Err(Error::request("guidance_scale", "a finite number of at least 0", request.guidance_scale));
         }
+        if let Some(skipping) = &request.skip_layer_guidance {
+            skipping.check(self.checkpoint.layers())?;
+        }
         Ok(())
     }
 
@@ -168,15 +171,15 @@ impl RunningBatch {
         for row in places.iter().map(|place| &self.rows[*place]) {
             let sample: Arc<[f32]> = row.sampler.scale_model_input(row.call, &row.latent).into();
             let timestep = row.sampler.timesteps()[row.call];
-            for conditioning in row.conditions.passes() {
-                let conditioning = conditioning.clone();
-                model_rows.push(ModelRow { sample: Arc::clone(&sample), timestep, conditioning });
+            for Pass { conditioning, skipped } in row.conditions.passes(row.call) {
+                let (sample, conditioning) = (Arc::clone(&sample), conditioning.clone());
+                model_rows.push(ModelRow { sample, timestep, conditioning, skipped });
             }
         }
         let mut predicted = self.checkpoint.denoise(&model_rows, self.latent_shape())?.into_iter();
         let mut outputs = Vec::with_capacity(places.len());
         for row in places.iter().map(|place| &self.rows[*place]) {
-            let output = row.conditions.combine(predicted.by_ref());
+            let output = row.conditions.combine(row.call, predicted.by_ref());
             if output.len() != row.latent.len() || !output.iter().all(|value| value.is_finite()) {
                 return Err(Error::NotFinite { row: row.id });
             }

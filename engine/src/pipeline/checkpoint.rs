@@ -6,7 +6,7 @@ use image::RgbImage;
 use rayon::prelude::*;
 
 use super::family::{Conditions, Family, ModelRow, Parts};
-use super::{picture, sd, sdxl};
+use super::{picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
 use crate::ops::{self, Place};
 use crate::sampler::{Flow, SamplerConfig};
@@ -23,13 +23,16 @@ const DECODED_PIXELS: usize = 512 * 512;
 type Load = fn(&Parts<'_>) -> Result<Box<dyn Family>>;
 
 /// Pipelines that `model_index.json` may name, and what loads their family.
-const PIPELINES: [(&str, Load); 6] = [
+const PIPELINES: [(&str, Load); 9] = [
     ("StableDiffusionPipeline", sd::load),
     ("StableDiffusionImg2ImgPipeline", sd::load),
     ("StableDiffusionInpaintPipeline", sd::load),
     ("StableDiffusionXLPipeline", sdxl::load),
     ("StableDiffusionXLImg2ImgPipeline", sdxl::load),
     ("StableDiffusionXLInpaintPipeline", sdxl::load),
+    ("StableDiffusion3Pipeline", sd3::load),
+    ("StableDiffusion3Img2ImgPipeline", sd3::load),
+    ("StableDiffusion3InpaintPipeline", sd3::load),
 ];
 
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that
@@ -139,6 +142,11 @@ impl Checkpoint {
     /// Channels of a latent.
     pub(crate) fn latent_channels(&self) -> usize {
         self.vae.config.latent_channels
+    }
+
+    /// Layers of the denoiser that a row's guidance may leave out.
+    pub(super) fn layers(&self) -> usize {
+        self.family.layers()
     }
 
     /// What noise levels depend on besides the scheduler's file.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::ConfigFile;
-use crate::guidance::guide;
+use crate::guidance::{guide, is_guided, push};
 use crate::ops::{Place, Tensor};
 use crate::sampler::Flow;
 use crate::text::EmbeddingCache;
@@ -29,33 +29,74 @@ pub(super) struct Conditions {
     /// Present with guidance.
     pub negative: Option<Conditioning>,
     pub guidance_scale: f64,
+    /// Guidance away from what the denoiser predicts without some of its layers.
+    pub skipping: Option<Skipping>,
+}
+
+/// What skip-layer guidance does with a row; only with guidance by a negative prompt.
+pub(super) struct Skipping {
+    layers: Arc<[usize]>,
+    scale: f64,
+    /// The calls between these two, both excluded, have it.
+    between: (f64, f64),
+}
+
+impl Skipping {
+    /// What the request asks for.
+    pub fn of(request: &RowRequest) -> Option<Self> {
+        let asked = request.skip_layer_guidance.as_ref().filter(|_| is_guided(request.guidance_scale))?;
+        let steps = request.steps as f64;
+        let (layers, between) = (asked.layers.as_slice().into(), (steps * asked.start, steps * asked.stop));
+        Some(Self { layers, scale: asked.scale, between })
+    }
+
+    fn has(&self, call: usize) -> bool {
+        (call as f64) > self.between.0 && (call as f64) < self.between.1
+    }
+}
+
+/// One pass of a row.
+pub(super) struct Pass<'a> {
+    pub conditioning: &'a Conditioning,
+    /// Layers that it leaves out.
+    pub skipped: Arc<[usize]>,
 }
 
 impl Conditions {
-    /// The row's passes of a step.
-    pub fn passes(&self) -> impl Iterator<Item = &Conditioning> {
-        self.negative.iter().chain([&self.positive])
+    /// The row's passes of its denoiser call `call`.
+    pub fn passes(&self, call: usize) -> impl Iterator<Item = Pass<'_>> {
+        let whole = self.negative.iter().chain([&self.positive]);
+        let whole = whole.map(|conditioning| Pass { conditioning, skipped: [].into() });
+        let skipping = self.skipping.as_ref().filter(|skipping| skipping.has(call));
+        whole.chain(
+            skipping.map(|skipping| Pass { conditioning: &self.positive, skipped: Arc::clone(&skipping.layers) }),
+        )
     }
 
-    /// One output of the passes', which come in their order.
-    pub fn combine(&self, mut outputs: impl Iterator<Item = Vec<f32>>) -> Vec<f32> {
+    /// One output of those passes', which come in their order.
+    pub fn combine(&self, call: usize, mut outputs: impl Iterator<Item = Vec<f32>>) -> Vec<f32> {
         let mut next = || outputs.next().unwrap_or_default();
-        match self.negative {
-            None => next(),
-            Some(_) => {
-                let (negative, positive) = (next(), next());
-                guide(&negative, &positive, self.guidance_scale)
-            }
+        if self.negative.is_none() {
+            return next();
+        }
+        let (negative, positive) = (next(), next());
+        let guided = guide(&negative, &positive, self.guidance_scale);
+        match self.skipping.as_ref().filter(|skipping| skipping.has(call)) {
+            None => guided,
+            Some(skipping) => push(&guided, &positive, &next(), skipping.scale),
         }
     }
 }
 
 /// One line of a denoiser pass: a row with guidance makes two.
+#[derive(Clone)]
 pub(super) struct ModelRow {
     /// What the sampler shows the denoiser: a latent on the host.
     pub sample: Arc<[f32]>,
     pub timestep: f32,
     pub conditioning: Conditioning,
+    /// Layers that the denoiser leaves out for it.
+    pub skipped: Arc<[usize]>,
 }
 
 /// A family's networks, but for the VAE, which all have in common.
@@ -82,6 +123,11 @@ pub(super) trait Family: Send + Sync {
     /// height and width.
     fn flow(&self, _shape: [usize; 3]) -> Flow {
         Flow::default()
+    }
+
+    /// Layers of the denoiser that a pass may leave out.
+    fn layers(&self) -> usize {
+        0
     }
 
     /// Latent values along a side that the denoiser takes as one.

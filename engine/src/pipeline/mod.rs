@@ -6,6 +6,7 @@ mod row;
 
 mod family;
 mod sd;
+mod sd3;
 mod sdxl;
 
 mod picture;

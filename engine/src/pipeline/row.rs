@@ -1,6 +1,6 @@
 //! One job's place in a running batch, as the caller sees it.
 
-use crate::{SamplerKind, ScheduleKind};
+use crate::{Error, Result, SamplerKind, ScheduleKind};
 
 /// A row's name within its batch; the caller chooses it.
 pub type RowId = u64;
@@ -37,21 +37,6 @@ pub struct RowRequest {
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
 }
 
-/// Guidance away from what the denoiser predicts without some of its layers, in a part of the steps.
-///
-/// Reference: Hyung et al. 2024, <https://arxiv.org/abs/2411.18664>.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SkipLayerGuidance {
-    /// Joint blocks that are left out.
-    pub layers: Vec<usize>,
-    /// How far the difference is followed.
-    pub scale: f64,
-    /// The share of the steps after which it begins, 0 to 1.
-    pub start: f64,
-    /// The share of the steps after which it ends, 0 to 1.
-    pub stop: f64,
-}
-
 /// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
 /// in pixels: the model has learnt how enlarged and how cropped pictures look.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -62,6 +47,53 @@ pub struct MicroConditioning {
     pub crop: (usize, usize),
     /// The size that was aimed at; `None`: the picture's own.
     pub target_size: Option<(usize, usize)>,
+}
+
+/// Skip-layer guidance of Stable Diffusion 3: in some steps the denoiser is asked once more, without some of its
+/// layers, and the row is led away from what it then says. Only with guidance.
+///
+/// Reference: Hyung et al. 2024, <https://arxiv.org/abs/2411.18664>.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SkipLayerGuidance {
+    /// The layers to leave out, counted from 0.
+    pub layers: Vec<usize>,
+    /// How far to lead away.
+    pub scale: f64,
+    /// The share of the steps after which it starts,
+    pub start: f64,
+    /// and before which it stops.
+    pub stop: f64,
+}
+
+impl Default for SkipLayerGuidance {
+    /// What diffusers and Stable Diffusion 3.5 medium's authors use, but for the layers, of which there are none.
+    fn default() -> Self {
+        Self { layers: Vec::new(), scale: 2.8, start: 0.01, stop: 0.2 }
+    }
+}
+
+impl SkipLayerGuidance {
+    /// An error unless a denoiser of so many `layers` can do it.
+    pub(super) fn check(&self, layers: usize) -> Result<()> {
+        let field = "skip_layer_guidance.layers";
+        if layers == 0 {
+            return Err(Error::request(field, "absent for this checkpoint's family", format!("{:?}", self.layers)));
+        }
+        if self.layers.is_empty() || self.layers.iter().any(|layer| *layer >= layers) {
+            let limit = format!("some of this checkpoint's layers 0 to {}", layers - 1);
+            return Err(Error::request(field, limit, format!("{:?}", self.layers)));
+        }
+        for (field, value) in [
+            ("skip_layer_guidance.scale", self.scale),
+            ("skip_layer_guidance.start", self.start),
+            ("skip_layer_guidance.stop", self.stop),
+        ] {
+            if !value.is_finite() {
+                return Err(Error::request(field, "a finite number", value));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What one step did to a row.

@@ -51,6 +51,7 @@ impl Family for StableDiffusion {
             positive: self.embed(&request.prompt, cache)?,
             negative: guided.then(|| self.embed(&request.negative_prompt, cache)).transpose()?,
             guidance_scale: request.guidance_scale,
+            skipping: None,
         })
     }
 

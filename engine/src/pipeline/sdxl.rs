@@ -102,7 +102,7 @@ impl Family for StableDiffusionXl {
             }
             true => Some(self.embed(&request.negative_prompt, &sizes, cache)?),
         };
-        Ok(Conditions { positive, negative, guidance_scale: request.guidance_scale })
+        Ok(Conditions { positive, negative, guidance_scale: request.guidance_scale, skipping: None })
     }
 
     fn denoise(&self, rows: &[ModelRow], [channels, height, width]: [usize; 3]) -> Result<Vec<f32>> {

@@ -95,6 +95,11 @@ impl ClipTokenizer {
         Ok(Self { inner, start, end, pad, length })
     }
 
+    /// How many ids every text becomes.
+    pub fn tokens(&self) -> usize {
+        self.length
+    }
+
     /// The ids of `text`: start, words, end, then padding; a long text loses its last words and keeps
     /// the end.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
@@ -204,7 +209,7 @@ impl Special {
 }
 
 /// A token given as a string, or as an object with its properties.
-fn added_token(value: &Value) -> Option<AddedToken> {
+pub(super) fn added_token(value: &Value) -> Option<AddedToken> {
     match value {
         Value::String(content) => Some(AddedToken::from(content.clone(), true)),
         Value::Object(fields) => {

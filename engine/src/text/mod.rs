@@ -3,6 +3,9 @@
 mod cache;
 mod clip;
 mod clip_tokenizer;
+mod sentencepiece;
+mod t5;
+mod t5_tokenizer;
 
 use std::path::Path;
 
@@ -13,6 +16,8 @@ pub use cache::CacheCounts;
 pub(crate) use cache::EmbeddingCache;
 pub(crate) use clip::{ClipEncoder, ClipOutput, Pooled, States};
 pub(crate) use clip_tokenizer::ClipTokenizer;
+pub(crate) use t5::T5Encoder;
+pub(crate) use t5_tokenizer::T5Tokenizer;
 
 /// What one encoder makes of one prompt.
 #[derive(Clone)]
@@ -52,8 +57,45 @@ impl ClipText {
         self.encoder.config.width
     }
 
+    /// Tokens that every prompt becomes.
+    pub fn tokens(&self) -> usize {
+        self.tokenizer.tokens()
+    }
+
     /// What it makes of a prompt, computed or remembered.
     pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
         cache.get_or(self.name, prompt, || self.encoder.forward(&self.tokenizer.ids(prompt)?))
+    }
+}
+
+/// A checkpoint's T5 encoder with its tokenizer.
+pub(crate) struct T5Text {
+    /// Its folder, and its name in the cache.
+    name: &'static str,
+    tokenizer: T5Tokenizer,
+    pub encoder: T5Encoder,
+    /// Tokens that every prompt becomes.
+    length: usize,
+}
+
+impl T5Text {
+    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`; prompts become `length` tokens.
+    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, length: usize, place: &Place) -> Result<Self> {
+        let encoder = T5Encoder::load(&folder.join(name), place)?;
+        let tokenizer = T5Tokenizer::load(&folder.join(tokenizer), encoder.config.vocabulary)?;
+        Ok(Self { name, tokenizer, encoder, length })
+    }
+
+    /// Width of its states.
+    pub fn width(&self) -> usize {
+        self.encoder.config.width
+    }
+
+    /// What it makes of a prompt, computed or remembered.
+    pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
+        cache.get_or(self.name, prompt, || {
+            let states = self.encoder.forward(&self.tokenizer.ids(prompt, self.length)?)?;
+            Ok(Embedding { states, pooled: None })
+        })
     }
 }

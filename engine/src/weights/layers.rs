@@ -1,7 +1,7 @@
 //! Layers built from a scope's `weight` and `bias`.
 
 use super::Scope;
-use crate::ops::{Activation, Conv2d, ConvShape, GroupNorm, LayerNorm, Linear, UpsampleConv};
+use crate::ops::{Activation, Conv2d, ConvShape, GroupNorm, LayerNorm, Linear, RmsNorm, UpsampleConv};
 use crate::{Error, Result};
 
 impl Scope<'_> {
@@ -18,7 +18,21 @@ impl Scope<'_> {
 
     /// A linear layer without bias.
     pub fn linear_without_bias(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        self.done(Linear::new(&self.parameter("weight", &[outputs, inputs])?, None, &self.weights.place))
+        self.linear_without_bias_then(inputs, outputs, Activation::Nothing)
+    }
+
+    /// A linear layer without bias, followed by `activation`.
+    pub fn linear_without_bias_then(&self, inputs: usize, outputs: usize, activation: Activation) -> Result<Linear> {
+        let weight = self.parameter("weight", &[outputs, inputs])?;
+        self.done(Linear::with_activation(&weight, None, activation, &self.weights.place))
+    }
+
+    /// A linear layer with bias, stored as the convolution that takes one square of `patch` × `patch` places after the
+    /// other.
+    pub fn patch_linear(&self, inputs: usize, outputs: usize, patch: usize) -> Result<Linear> {
+        let weight = self.parameter("weight", &[outputs, inputs, patch, patch])?;
+        let weight = weight.reshaped(&[outputs, inputs * patch * patch]);
+        self.done(Linear::new(&weight, Some(&self.parameter("bias", &[outputs])?), &self.weights.place))
     }
 
     /// A convolution with a square `kernel` and bias.
@@ -48,6 +62,11 @@ impl Scope<'_> {
     pub fn layer_norm(&self, channels: usize, epsilon: f64) -> Result<LayerNorm> {
         let (weight, bias) = (self.parameter("weight", &[channels])?, self.parameter("bias", &[channels])?);
         LayerNorm::new(&weight, &bias, epsilon)
+    }
+
+    /// A root mean square norm.
+    pub fn rms_norm(&self, channels: usize, epsilon: f64) -> Result<RmsNorm> {
+        RmsNorm::new(&self.parameter("weight", &[channels])?, epsilon)
     }
 
     /// The layer, after its weight's pages have been let go.

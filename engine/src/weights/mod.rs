@@ -271,6 +271,13 @@ impl Scope<'_> {
         Ok(tensor)
     }
 
+    /// A tensor's values on the host.
+    pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let values = self.parameter(name, shape)?.values();
+        self.weights.release(&self.name(name));
+        Ok(values)
+    }
+
     fn name(&self, step: &str) -> String {
         if self.prefix.is_empty() { step.to_owned() } else { format!("{}.{step}", self.prefix) }
     }

@@ -7,3 +7,4 @@ mod mixed_batch;
 mod pictures;
 mod precision;
 mod requests;
+mod sd3;

@@ -1,7 +1,8 @@
 //! Checkpoints to render with, and requests to start from.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest};
 
@@ -28,10 +29,11 @@ pub fn cpu() -> Device {
 
 /// A checkpoint in `f32`, loaded once for all tests.
 pub fn checkpoint(name: &str) -> Arc<Checkpoint> {
-    static LOADED: [OnceLock<Arc<Checkpoint>>; CHECKPOINTS.len()] = [const { OnceLock::new() }; CHECKPOINTS.len()];
-    let index = CHECKPOINTS.iter().position(|known| *known == name).unwrap();
+    type Loaded = Arc<OnceLock<Arc<Checkpoint>>>;
+    static LOADED: Mutex<BTreeMap<String, Loaded>> = Mutex::new(BTreeMap::new());
+    let place = Arc::clone(LOADED.lock().unwrap().entry(name.to_owned()).or_default());
     let load = || Arc::new(Checkpoint::load(&folder(name), &cpu(), Precision::F32).unwrap());
-    Arc::clone(LOADED[index].get_or_init(load))
+    Arc::clone(place.get_or_init(load))
 }
 
 /// A small request that each test changes where it matters.

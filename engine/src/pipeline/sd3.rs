@@ -1,0 +1,155 @@
+//! Stable Diffusion 3 and 3.5: a transformer that listens to the penultimate states of two CLIP encoders side by
+//! side, then to T5's, and to both CLIPs' pooled states.
+//!
+//! Reference: Esser et al. 2024, <https://arxiv.org/abs/2403.03206>;
+//! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py>
+
+use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, Skipping};
+use super::family::{pooled, samples, timesteps, tokens};
+use crate::denoiser::{Mmdit, Prompts};
+use crate::guidance::is_guided;
+use crate::ops::{self, Tensor};
+use crate::sampler::Flow;
+use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text};
+use crate::{Error, Result, RowRequest};
+
+/// Tokens that T5 makes of a prompt.
+const T5_TOKENS: usize = 256;
+
+struct StableDiffusion3 {
+    text: ClipText,
+    text_2: ClipText,
+    text_3: LongText,
+    transformer: Mmdit,
+    /// (1, CLIP's tokens, what CLIP's states lack of T5's width), where they lack any
+    padding: Option<Tensor>,
+    /// Pixels along a side of the largest picture.
+    most_pixels: usize,
+}
+
+/// The encoder that can be done without.
+enum LongText {
+    T5(T5Text),
+    /// Zeros in place of its states.
+    Absent(Tensor),
+}
+
+/// Loads `text_encoder` with `tokenizer`, their second and, where there is such, third siblings, and `transformer`.
+pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
+    let Parts { folder, index, vae, place } = *parts;
+    let output = ClipOutput { states: States::Penultimate, pooled: Pooled::Projected };
+    let text = ClipText::load(folder, "text_encoder", "tokenizer", output, place)?;
+    let text_2 = ClipText::load(folder, "text_encoder_2", "tokenizer_2", output, place)?;
+    let has_t5 = index.get("text_encoder_3").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
+    let transformer = Mmdit::load(&folder.join("transformer"), place)?;
+    let config = &transformer.config;
+    let zeros = |tokens: usize, width: usize| Tensor::new(&vec![0.0; tokens * width], &[1, tokens, width], place);
+    let text_3 = if has_t5 {
+        LongText::T5(T5Text::load(folder, "text_encoder_3", "tokenizer_3", T5_TOKENS, place)?)
+    } else {
+        LongText::Absent(zeros(T5_TOKENS, config.context)?)
+    };
+
+    let fit =
+        |field: &str, value: usize, expected: usize, what: &str| parts.fit("transformer", field, value, expected, what);
+    fit("in_channels", config.in_channels, vae.latent_channels, "the VAE's `latent_channels`")?;
+    fit("out_channels", config.out_channels, vae.latent_channels, "the VAE's `latent_channels`")?;
+    if let LongText::T5(t5) = &text_3 {
+        fit("joint_attention_dim", config.context, t5.width(), "the `d_model` of `text_encoder_3`")?;
+    }
+    let both = text.encoder.pooled_width() + text_2.encoder.pooled_width();
+    fit("pooled_projection_dim", config.pooled, both, "the `projection_dim` of both CLIP encoders together")?;
+    let (width, positions) = (text.width() + text_2.width(), text.tokens());
+    if width > config.context {
+        let problem = format!(
+            "`joint_attention_dim` must be at least the `hidden_size` of both CLIP encoders together ({width}), but is {}",
+            config.context
+        );
+        return Err(Error::checkpoint(folder.join("transformer/config.json"), problem));
+    }
+    let padding = if width < config.context { Some(zeros(positions, config.context - width)?) } else { None };
+    let most_pixels = config.most_tokens * config.patch * vae.factor();
+    Ok(Box::new(StableDiffusion3 { text, text_2, text_3, transformer, padding, most_pixels }))
+}
+
+impl StableDiffusion3 {
+    fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Conditioning> {
+        let (first, second) = (self.text.embed(prompt, cache)?, self.text_2.embed(prompt, cache)?);
+        let mut clip = ops::concat_channels(&first.states, &second.states)?;
+        if let Some(padding) = &self.padding {
+            clip = ops::concat_channels(&clip, padding)?;
+        }
+        let long = match &self.text_3 {
+            LongText::T5(t5) => t5.embed(prompt, cache)?.states,
+            LongText::Absent(zeros) => zeros.clone(),
+        };
+        let pooled = match (&first.pooled, &second.pooled) {
+            (Some(first), Some(second)) => Some(ops::concat_channels(first, second)?),
+            _ => None,
+        };
+        Ok(Conditioning { tokens: ops::cat_tokens(&[&clip, &long])?, pooled, numbers: [].into() })
+    }
+
+    /// One transformer call for rows that leave out the same layers.
+    fn call(&self, rows: &[ModelRow], [channels, height, width]: [usize; 3]) -> Result<Vec<f32>> {
+        let dims = [rows.len(), channels, height, width];
+        let prompts = Prompts { tokens: &tokens(rows)?, pooled: &pooled(rows)? };
+        self.transformer.forward(&samples(rows), dims, &timesteps(rows), prompts, &rows[0].skipped)
+    }
+}
+
+impl Family for StableDiffusion3 {
+    fn condition(&self, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditions> {
+        for (field, asked) in [("width", request.width), ("height", request.height)] {
+            if asked > self.most_pixels {
+                return Err(Error::request(field, format!("at most {} for this checkpoint", self.most_pixels), asked));
+            }
+        }
+        let guided = is_guided(request.guidance_scale);
+        Ok(Conditions {
+            positive: self.embed(&request.prompt, cache)?,
+            negative: guided.then(|| self.embed(&request.negative_prompt, cache)).transpose()?,
+            guidance_scale: request.guidance_scale,
+            skipping: Skipping::of(request),
+        })
+    }
+
+    fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
+        let len = shape.iter().product::<usize>();
+        let mut outputs = vec![0.0; rows.len() * len];
+        let mut left: Vec<usize> = (0..rows.len()).collect();
+        // Whom a row shares its call with never shows.
+        while let Some(first) = left.first() {
+            let skipped = &rows[*first].skipped;
+            let (alike, others): (Vec<usize>, Vec<usize>) =
+                left.iter().partition(|place| rows[**place].skipped == *skipped);
+            let group: Vec<ModelRow> = alike.iter().map(|place| rows[*place].clone()).collect();
+            for (place, output) in alike.iter().zip(self.call(&group, shape)?.chunks_exact(len.max(1))) {
+                outputs[place * len..(place + 1) * len].copy_from_slice(output);
+            }
+            left = others;
+        }
+        Ok(outputs)
+    }
+
+    fn sample_size(&self) -> (usize, usize) {
+        (self.transformer.config.sample_size, self.transformer.config.sample_size)
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.transformer.weight_bytes
+    }
+
+    fn patch(&self) -> usize {
+        self.transformer.config.patch
+    }
+
+    fn layers(&self) -> usize {
+        self.transformer.config.layers
+    }
+
+    fn flow(&self, [_, height, width]: [usize; 3]) -> Flow {
+        let patch = self.transformer.config.patch;
+        Flow { image_tokens: (height / patch) * (width / patch), unit_levels: false }
+    }
+}
