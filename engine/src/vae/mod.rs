@@ -63,11 +63,6 @@ impl Vae {
         Ok(vae)
     }
 
-    /// Whether it can encode at all.
-    pub fn encodes(&self) -> bool {
-        self.encoder.is_some()
-    }
-
     /// Bytes that the activations of one picture of this size take as a whole.
     pub fn picture_bytes(&self, height: usize, width: usize) -> usize {
         self.memory(usize::MAX).of_picture(&self.config, height, width)
