@@ -127,7 +127,7 @@ impl Checkpoint {
 
     fn decode_rows(&self, latents: &[Latent], budget: usize) -> Result<Vec<RgbImage>> {
         let mut values: Vec<f32> = latents.iter().flat_map(|latent| latent.values.iter().copied()).collect();
-        self.vae.config.from_denoiser(&mut values);
+        self.vae.config.to_decoder(&mut values);
         let Latent { channels, height, width, .. } = latents[0];
         let decoded = self.vae.decode(&values, [latents.len(), channels, height, width], budget)?;
         let (_, height, width, _) = decoded.dims4()?;
