@@ -41,7 +41,7 @@ pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
 pub use pipeline::{
     Checkpoint, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch,
-    SkipLayerGuidance, gray, render,
+    SkipLayerGuidance, gray, render, resized,
 };
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

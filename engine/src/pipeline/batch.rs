@@ -66,7 +66,8 @@ impl RunningBatch {
         Self { checkpoint, width, height, rows: Vec::new() }
     }
 
-    /// Adds a row: encodes its prompts and its init image, and draws its first noise. It takes part from the next step on.
+    /// Adds a row: encodes its prompts and its init image, and draws its first noise. It takes part from the next
+    /// step on.
     ///
     /// # Errors
     /// [`Error::Request`] naming the field that this checkpoint or this batch cannot serve.

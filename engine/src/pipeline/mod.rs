@@ -23,6 +23,7 @@ use crate::{Error, Result};
 pub use batch::RunningBatch;
 pub use checkpoint::Checkpoint;
 pub use mask::gray;
+pub use resize::resized;
 pub use row::{
     InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, SkipLayerGuidance,
 };

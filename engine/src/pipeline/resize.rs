@@ -5,9 +5,21 @@
 
 use std::f64::consts::PI;
 
+use image::RgbImage;
+
 /// Zero crossings of the kernel on each side.
 const SUPPORT: f64 = 3.0;
 const PRECISION_BITS: u32 = 32 - 8 - 2;
+
+/// A picture at another (width, height), as init images are resized; for callers that have time before the row joins.
+pub fn resized(picture: RgbImage, (width, height): (u32, u32)) -> RgbImage {
+    if picture.dimensions() == (width, height) || picture.is_empty() {
+        return picture;
+    }
+    let from = (picture.width() as usize, picture.height() as usize);
+    let values = lanczos(picture.as_raw(), 3, from, (width as usize, height as usize));
+    RgbImage::from_raw(width, height, values).unwrap_or(picture)
+}
 
 /// (height, width, channels) values of `from` (width, height) → those of `to` (width, height).
 pub(super) fn lanczos(values: &[u8], channels: usize, from: (usize, usize), to: (usize, usize)) -> Vec<u8> {
