@@ -34,6 +34,9 @@ pub mod bench;
 
 #[cfg(test)]
 mod goldens;
+#[cfg(test)]
+#[path = "../tests/integration/recipe.rs"]
+mod recipe;
 
 pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};

@@ -83,7 +83,7 @@ pub struct RenderArgs {
     /// What to steer away from
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
-    /// A checkpoint: a name from `kiln models`, a folder in diffusers layout, or a hub id (`org/name@revision`)
+    /// A checkpoint: a name from `kiln models`, a folder in diffusers layout, a single file, or a hub id (`org/name@revision`)
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
     /// Denoising steps [default: the checkpoint's]

@@ -46,9 +46,10 @@ pub(crate) struct Parameter<'a> {
 
 impl<'a> Parameter<'a> {
     /// `bytes` must be as many as `dims` ask for.
-    pub fn new(bytes: &'a [u8], stored: Stored, dims: &[usize]) -> Self {
+    pub fn new(bytes: impl Into<Cow<'a, [u8]>>, stored: Stored, dims: &[usize]) -> Self {
+        let bytes = bytes.into();
         assert_eq!(Some(bytes.len()), stored.bytes(dims.iter().product()), "bytes of a weight");
-        Self { bytes: Cow::Borrowed(bytes), stored, dims: dims.to_vec() }
+        Self { bytes, stored, dims: dims.to_vec() }
     }
 
     /// A weight of these values.

@@ -1,13 +1,13 @@
 //! What families of checkpoints do each in its own way: load their networks, make conditioning of
 //! prompts, and call the denoiser. Everything else is the same for all of them.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::ConfigFile;
 use crate::guidance::{guide, is_guided, push};
 use crate::ops::{Place, Tensor};
 use crate::sampler::Flow;
+use crate::source::Source;
 use crate::text::EmbeddingCache;
 use crate::vae::VaeConfig;
 use crate::{Error, Result, RowRequest};
@@ -138,8 +138,8 @@ pub(super) trait Family: Send + Sync {
 
 /// What a family is loaded from.
 pub(super) struct Parts<'a> {
-    /// A folder in diffusers layout.
-    pub folder: &'a Path,
+    /// Where its parts lie.
+    pub source: &'a Source,
     /// Its `model_index.json`.
     pub index: &'a ConfigFile,
     pub vae: &'a VaeConfig,
@@ -153,7 +153,7 @@ impl Parts<'_> {
             return Ok(());
         }
         let problem = format!("`{field}` must be {what} ({expected}), but is {value}");
-        Err(Error::checkpoint(&self.folder.join(part).join("config.json"), problem))
+        Err(Error::checkpoint(self.source.path(part).join("config.json"), problem))
     }
 }
 

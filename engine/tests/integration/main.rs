@@ -1,5 +1,6 @@
 //! The engine's public face: folders of weights in, pictures out.
 
+mod recipe;
 mod support;
 
 mod load_errors;
@@ -8,3 +9,4 @@ mod pictures;
 mod precision;
 mod requests;
 mod sd3;
+mod single_file;
