@@ -23,6 +23,7 @@ mod sampler;
 
 mod facts;
 mod family;
+mod inspect;
 mod source;
 
 mod config;
@@ -42,6 +43,7 @@ pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};
 pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
+pub use inspect::{InspectedFile, InspectedPart, InspectedTensor, Inspection, inspect};
 pub use pipeline::{
     Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, render,
 };

@@ -20,6 +20,17 @@ pub(crate) enum Stored {
 }
 
 impl Stored {
+    /// The word that people know it by.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::F64 => "F64",
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Quantised(format) => format.word(),
+        }
+    }
+
     /// Values of a block, and the bytes that it takes; plain numbers are blocks of one.
     pub fn block(self) -> (usize, usize) {
         match self {

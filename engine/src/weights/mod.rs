@@ -19,6 +19,7 @@ use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+pub(crate) use self::files::find;
 pub(crate) use self::gguf::Entry;
 pub(crate) use self::original::SingleFile;
 pub(crate) use self::part::Part;
@@ -80,7 +81,7 @@ impl Weights {
             place: place.clone(),
             seen: RefCell::default(),
         };
-        for path in files::find(folder, stem)? {
+        for path in find(folder, stem)? {
             weights.add(&path)?;
         }
         Ok(weights)
@@ -216,6 +217,20 @@ fn map_file(path: &Path) -> Result<Arc<Mmap>> {
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::checkpoint(path, error))?;
     Ok(Arc::new(map))
+}
+
+/// What tensors come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Container {
+    Safetensors,
+    Gguf,
+}
+
+/// What a file's header says: its container, its length and its tensors.
+pub(crate) fn read_header(path: &Path) -> Result<(Container, usize, Vec<Entry>)> {
+    let map = map_file(path)?;
+    let container = if gguf::is_gguf(&map) { Container::Gguf } else { Container::Safetensors };
+    Ok((container, map.len(), entries(path, &map)?))
 }
 
 /// The tensors of a mapped file, whichever container it is.

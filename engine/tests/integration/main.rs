@@ -3,6 +3,7 @@
 mod recipe;
 mod support;
 
+mod inspect;
 mod load_errors;
 mod mixed_batch;
 mod pictures;
