@@ -6,7 +6,7 @@ use image::RgbImage;
 use rayon::prelude::*;
 
 use super::family::{Conditions, Family, ModelRow, Parts};
-use super::{picture, sd, sd3, sdxl};
+use super::{flux, picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
 use crate::ops::{self, Place};
 use crate::sampler::{Flow, SamplerConfig};
@@ -24,7 +24,7 @@ const DECODED_PIXELS: usize = 512 * 512;
 type Load = fn(&Parts<'_>) -> Result<Box<dyn Family>>;
 
 /// Pipelines that `model_index.json` may name, and what loads their family.
-const PIPELINES: [(&str, Load); 9] = [
+const PIPELINES: [(&str, Load); 12] = [
     ("StableDiffusionPipeline", sd::load),
     ("StableDiffusionImg2ImgPipeline", sd::load),
     ("StableDiffusionInpaintPipeline", sd::load),
@@ -34,6 +34,9 @@ const PIPELINES: [(&str, Load); 9] = [
     ("StableDiffusion3Pipeline", sd3::load),
     ("StableDiffusion3Img2ImgPipeline", sd3::load),
     ("StableDiffusion3InpaintPipeline", sd3::load),
+    ("FluxPipeline", flux::load),
+    ("FluxImg2ImgPipeline", flux::load),
+    ("FluxInpaintPipeline", flux::load),
 ];
 
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that

@@ -157,6 +157,28 @@ impl Parts<'_> {
     }
 }
 
+/// The outputs of all rows, each of `len` values, where only rows that are `alike` can share a denoiser call.
+/// Whom a row shares it with never shows.
+pub(super) fn call_alike(
+    rows: &[ModelRow],
+    len: usize,
+    alike: impl Fn(&ModelRow, &ModelRow) -> bool,
+    call: impl Fn(&[ModelRow]) -> Result<Vec<f32>>,
+) -> Result<Vec<f32>> {
+    let mut outputs = vec![0.0; rows.len() * len];
+    let mut left: Vec<usize> = (0..rows.len()).collect();
+    while let Some(first) = left.first() {
+        let first = &rows[*first];
+        let (group, others): (Vec<usize>, Vec<usize>) = left.iter().partition(|place| alike(first, &rows[**place]));
+        let members: Vec<ModelRow> = group.iter().map(|place| rows[*place].clone()).collect();
+        for (place, output) in group.iter().zip(call(&members)?.chunks_exact(len.max(1))) {
+            outputs[place * len..(place + 1) * len].copy_from_slice(output);
+        }
+        left = others;
+    }
+    Ok(outputs)
+}
+
 /// All rows' samples, row after row.
 pub(super) fn samples(rows: &[ModelRow]) -> Vec<f32> {
     rows.iter().flat_map(|row| row.sample.iter().copied()).collect()

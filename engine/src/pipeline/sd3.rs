@@ -5,7 +5,7 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, Skipping};
-use super::family::{pooled, samples, timesteps, tokens};
+use super::family::{call_alike, pooled, samples, timesteps, tokens};
 use crate::denoiser::{Mmdit, Prompts};
 use crate::guidance::is_guided;
 use crate::ops::{self, Tensor};
@@ -115,21 +115,8 @@ impl Family for StableDiffusion3 {
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
-        let len = shape.iter().product::<usize>();
-        let mut outputs = vec![0.0; rows.len() * len];
-        let mut left: Vec<usize> = (0..rows.len()).collect();
-        // Whom a row shares its call with never shows.
-        while let Some(first) = left.first() {
-            let skipped = &rows[*first].skipped;
-            let (alike, others): (Vec<usize>, Vec<usize>) =
-                left.iter().partition(|place| rows[**place].skipped == *skipped);
-            let group: Vec<ModelRow> = alike.iter().map(|place| rows[*place].clone()).collect();
-            for (place, output) in alike.iter().zip(self.call(&group, shape)?.chunks_exact(len.max(1))) {
-                outputs[place * len..(place + 1) * len].copy_from_slice(output);
-            }
-            left = others;
-        }
-        Ok(outputs)
+        let alike = |a: &ModelRow, b: &ModelRow| a.skipped == b.skipped;
+        call_alike(rows, shape.iter().product(), alike, |rows| self.call(rows, shape))
     }
 
     fn sample_size(&self) -> (usize, usize) {

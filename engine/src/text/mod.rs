@@ -101,9 +101,20 @@ impl T5Text {
 
     /// What it makes of a prompt, computed or remembered.
     pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
-        cache.get_or(self.name, prompt, || {
-            let states = self.encoder.forward(&self.tokenizer.ids(prompt, self.length)?)?;
+        self.embed_as(prompt, self.length, cache)
+    }
+
+    /// What it makes of a prompt as so many tokens, computed or, at the usual length, remembered.
+    pub fn embed_as(&self, prompt: &str, length: usize, cache: &EmbeddingCache) -> Result<Embedding> {
+        let embed = || {
+            let states = self.encoder.forward(&self.tokenizer.ids(prompt, length)?)?;
             Ok(Embedding { states, pooled: None })
-        })
+        };
+        if length == self.length { cache.get_or(self.name, prompt, embed) } else { embed() }
+    }
+
+    /// Tokens that every prompt becomes, unless asked for otherwise.
+    pub fn tokens(&self) -> usize {
+        self.length
     }
 }

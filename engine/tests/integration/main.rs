@@ -3,6 +3,7 @@
 mod recipe;
 mod support;
 
+mod flux;
 mod inspect;
 mod load_errors;
 mod mixed_batch;

@@ -5,13 +5,14 @@
 
 mod blocks;
 mod config;
-mod patches;
+mod places;
 
 use std::path::Path;
 
 use self::blocks::{Conditions, DoubleBlock, SingleBlock};
-use self::config::{FluxConfig, SIDE};
+use self::config::FluxConfig;
 use super::embedding::{VectorEmbedding, Waves};
+use super::patches::{Order, from_patches, into_patches};
 use crate::Result;
 use crate::config::ConfigFile;
 use crate::ops::{self, LayerNorm, Linear, Place, Rotation, Tensor};
@@ -22,6 +23,9 @@ const WAVES: Waves = Waves { width: 256, flip_sin_to_cos: true, freq_shift: 0.0 
 
 /// What the time is counted in: the transformer was made for times from 0 to 1.
 const TIMES: f32 = 1000.0;
+
+/// Latent values along a side of a patch, which is one token.
+pub(crate) const SIDE: usize = 2;
 
 /// A denoiser that takes one timestep, and one guidance where it listens to that, per row.
 pub(crate) struct FluxTransformer {
@@ -95,9 +99,10 @@ impl FluxTransformer {
         let [rows, _, height, width] = dims;
         let grid = [height / SIDE, width / SIDE];
         let tokens = [rows, grid[0] * grid[1], self.config.in_channels];
-        let patches = Tensor::new(&patches::pack(sample, dims), &tokens, &self.place)?;
+        let patches = into_patches(sample, dims, SIDE, Order::ChannelsFirst);
+        let patches = Tensor::new(&patches, &tokens, &self.place)?;
         let words = inputs.prompts.dims3()?.1;
-        let angles = patches::angles(&self.config.axes, words, grid);
+        let angles = places::angles(&self.config.axes, words, grid);
         let rotation = Rotation::new(&angles, self.config.head_width, &self.place)?;
         let time = ops::silu(&self.embed(inputs)?)?;
         let conditions = Conditions { time: &time, rotation: &rotation };
@@ -114,7 +119,7 @@ impl FluxTransformer {
         let (_, picture) = ops::split_tokens(&joined, words)?;
         let modulation = ops::split_channels(&self.norm_out_linear.forward(&time)?, 2)?;
         let normal = self.norm_out.forward_modulated(&picture, &modulation[0], &modulation[1])?;
-        Ok(patches::unpack(&self.proj_out.forward(&normal)?.to_values()?, dims))
+        Ok(from_patches(&self.proj_out.forward(&normal)?.to_values()?, dims, SIDE, Order::ChannelsFirst))
     }
 
     /// (rows, width): time, guidance and pooled prompt as one vector.
