@@ -7,10 +7,9 @@ mod sentencepiece;
 mod t5;
 mod t5_tokenizer;
 
-use std::path::Path;
-
 use crate::Result;
 use crate::ops::{Place, Tensor};
+use crate::source::{Source, TokenizerFiles};
 
 pub use cache::CacheCounts;
 pub(crate) use cache::EmbeddingCache;
@@ -44,11 +43,20 @@ pub(crate) struct ClipText {
 }
 
 impl ClipText {
-    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`.
-    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, output: ClipOutput, place: &Place) -> Result<Self> {
-        let encoder = ClipEncoder::load(&folder.join(name), output, place)?;
+    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    pub fn load(
+        source: &Source,
+        name: &'static str,
+        tokenizer: &str,
+        output: ClipOutput,
+        place: &Place,
+    ) -> Result<Self> {
+        let encoder = ClipEncoder::load(source.part(name), output, place)?;
         let (positions, vocabulary) = (encoder.config.positions, encoder.config.vocabulary);
-        let tokenizer = ClipTokenizer::load(&folder.join(tokenizer), positions, vocabulary)?;
+        let tokenizer = match source.tokenizer(tokenizer) {
+            TokenizerFiles::Folder(folder) => ClipTokenizer::load(&folder, positions, vocabulary)?,
+            TokenizerFiles::Clip { pad } => ClipTokenizer::known(pad, positions, vocabulary)?,
+        };
         Ok(Self { name, tokenizer, encoder })
     }
 
@@ -79,10 +87,10 @@ pub(crate) struct T5Text {
 }
 
 impl T5Text {
-    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`; prompts become `length` tokens.
-    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, length: usize, place: &Place) -> Result<Self> {
-        let encoder = T5Encoder::load(&folder.join(name), place)?;
-        let tokenizer = T5Tokenizer::load(&folder.join(tokenizer), encoder.config.vocabulary)?;
+    /// Loads the parts `name` and `tokenizer` of a checkpoint; prompts become `length` tokens.
+    pub fn load(source: &Source, name: &'static str, tokenizer: &str, length: usize, place: &Place) -> Result<Self> {
+        let encoder = T5Encoder::load(source.part(name), place)?;
+        let tokenizer = T5Tokenizer::load(&source.path(tokenizer), encoder.config.vocabulary)?;
         Ok(Self { name, tokenizer, encoder, length })
     }
 
@@ -93,9 +101,20 @@ impl T5Text {
 
     /// What it makes of a prompt, computed or remembered.
     pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
-        cache.get_or(self.name, prompt, || {
-            let states = self.encoder.forward(&self.tokenizer.ids(prompt, self.length)?)?;
+        self.embed_as(prompt, self.length, cache)
+    }
+
+    /// What it makes of a prompt as so many tokens, computed or, at the usual length, remembered.
+    pub fn embed_as(&self, prompt: &str, length: usize, cache: &EmbeddingCache) -> Result<Embedding> {
+        let embed = || {
+            let states = self.encoder.forward(&self.tokenizer.ids(prompt, length)?)?;
             Ok(Embedding { states, pooled: None })
-        })
+        };
+        if length == self.length { cache.get_or(self.name, prompt, embed) } else { embed() }
+    }
+
+    /// Tokens that every prompt becomes, unless asked for otherwise.
+    pub fn tokens(&self) -> usize {
+        self.length
     }
 }
