@@ -29,7 +29,7 @@ struct StableDiffusion3 {
 
 /// The encoder that can be done without.
 enum LongText {
-    T5(T5Text),
+    T5(Box<T5Text>),
     /// Zeros in place of its states.
     Absent(Tensor),
 }
@@ -45,7 +45,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let config = &transformer.config;
     let zeros = |tokens: usize, width: usize| Tensor::new(&vec![0.0; tokens * width], &[1, tokens, width], place);
     let text_3 = if has_t5 {
-        LongText::T5(T5Text::load(folder, "text_encoder_3", "tokenizer_3", T5_TOKENS, place)?)
+        LongText::T5(Box::new(T5Text::load(folder, "text_encoder_3", "tokenizer_3", T5_TOKENS, place)?))
     } else {
         LongText::Absent(zeros(T5_TOKENS, config.context)?)
     };

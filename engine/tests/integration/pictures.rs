@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use engine::{MicroConditioning, RowRequest, render};
+use engine::{MicroConditioning, RowRequest, SkipLayerGuidance, render};
 use image::RgbImage;
 use serde::Deserialize;
 
@@ -28,6 +28,23 @@ struct Golden {
     crop: (usize, usize),
     #[serde(default)]
     target_size: Option<(usize, usize)>,
+    skip_layer_guidance: Option<SkipLayers>,
+}
+
+/// Skip-layer guidance as the list has it.
+#[derive(Clone, Deserialize)]
+struct SkipLayers {
+    layers: Vec<usize>,
+    scale: f64,
+    start: f64,
+    stop: f64,
+}
+
+impl SkipLayers {
+    fn asked(self) -> SkipLayerGuidance {
+        let Self { layers, scale, start, stop } = self;
+        SkipLayerGuidance { layers, scale, start, stop }
+    }
 }
 
 impl Golden {
@@ -47,6 +64,8 @@ impl Golden {
                 crop: self.crop,
                 target_size: self.target_size,
             },
+            skip_layer_guidance: self.skip_layer_guidance.clone().map(SkipLayers::asked),
+            ..RowRequest::default()
         }
     }
 }

@@ -7,7 +7,19 @@ use std::sync::{Arc, Mutex, OnceLock};
 use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest};
 
 /// Every checkpoint that has goldens.
-pub const CHECKPOINTS: [&str; 8] = ["sd1", "sd2", "one_layer", "bf16", "bare_tokenizer", "demo", "sdxl", "sdxl_turbo"];
+pub const CHECKPOINTS: [&str; 11] = [
+    "sd1",
+    "sd2",
+    "one_layer",
+    "bf16",
+    "bare_tokenizer",
+    "demo",
+    "sdxl",
+    "sdxl_turbo",
+    "sd3",
+    "sd35_medium",
+    "sd3_without_t5",
+];
 
 /// Where the goldens and the tiny checkpoints are.
 pub fn fixtures() -> PathBuf {
