@@ -1,8 +1,10 @@
 //! Two types for every job: [`RenderRequest`] as sent, [`RenderSpec`] valid and with its defaults
 //! filled in. Only the second travels.
 
+mod options;
 mod validate;
 
+pub use options::{FamilyOptions, MicroConditioning, SkipLayerGuidance};
 pub use validate::ValidationError;
 
 use serde::{Deserialize, Serialize};
@@ -25,11 +27,14 @@ pub enum Sampler {
     Dpmpp2m,
     /// Pseudo numerical methods (PLMS).
     Pndm,
+    /// Euler, for models that were trained by flow matching.
+    FlowMatchEuler,
 }
 
 impl Sampler {
     /// Every sampler.
-    pub const ALL: [Sampler; 5] = [Self::Ddim, Self::Euler, Self::EulerAncestral, Self::Dpmpp2m, Self::Pndm];
+    pub const ALL: [Sampler; 6] =
+        [Self::Ddim, Self::Euler, Self::EulerAncestral, Self::Dpmpp2m, Self::Pndm, Self::FlowMatchEuler];
 
     /// The word used in JSON and logs.
     pub fn as_str(self) -> &'static str {
@@ -39,6 +44,7 @@ impl Sampler {
             Self::EulerAncestral => "euler_ancestral",
             Self::Dpmpp2m => "dpmpp_2m",
             Self::Pndm => "pndm",
+            Self::FlowMatchEuler => "flow_match_euler",
         }
     }
 
@@ -111,7 +117,7 @@ pub struct RenderRequest {
     /// Classifier-free guidance scale; 1 or less turns guidance off. Default: the checkpoint's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guidance_scale: Option<f64>,
-    /// `ddim`, `euler`, `euler_ancestral`, `dpmpp_2m` or `pndm`. Default: the checkpoint's.
+    /// `ddim`, `euler`, `euler_ancestral`, `dpmpp_2m`, `pndm` or `flow_match_euler`. Default: the checkpoint's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampler: Option<String>,
     /// `normal`, `karras`, `exponential` or `beta`. Default: the checkpoint's.
@@ -120,6 +126,18 @@ pub struct RenderRequest {
     /// Seed of the noise. Default: drawn at random and recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<i64>,
+    /// Stable Diffusion XL: the sizes that the picture shall look as if it had. Default: its own, uncropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub micro_conditioning: Option<MicroConditioning>,
+    /// Families with T5: tokens of the prompt that it reads at most. Default: the checkpoint's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_sequence_length: Option<i64>,
+    /// FLUX: the scale of guidance by the negative prompt; 1 or less is none. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub true_cfg_scale: Option<f64>,
+    /// Stable Diffusion 3: guidance away from what the denoiser predicts without some layers. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip_layer_guidance: Option<SkipLayerGuidance>,
     /// `interactive` or `bulk`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<String>,
@@ -154,6 +172,9 @@ pub struct RenderSpec {
     pub schedule: Option<Schedule>,
     /// Seed of the noise, 0 to 2^63-1.
     pub seed: u64,
+    /// What only some families read.
+    #[serde(default, skip_serializing_if = "FamilyOptions::are_default")]
+    pub options: FamilyOptions,
     /// The lane.
     pub lane: Lane,
     /// The client's labels.

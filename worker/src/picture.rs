@@ -93,6 +93,7 @@ fn sampler_name(sampler: Sampler) -> &'static str {
         Sampler::EulerAncestral => "Euler a",
         Sampler::Dpmpp2m => "DPM++ 2M",
         Sampler::Pndm => "PLMS",
+        Sampler::FlowMatchEuler => "Euler",
     }
 }
 
@@ -151,6 +152,7 @@ mod tests {
             lane: Lane::Bulk,
             tags: vec![],
             metadata: serde_json::Map::new(),
+            options: farm::spec::FamilyOptions::default(),
         }
     }
 

@@ -201,6 +201,7 @@ impl RowBatch for EngineBatch {
 
 /// A job in the engine's words.
 pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
+    let options = &spec.options;
     Ok(RowRequest {
         prompt: spec.prompt.clone(),
         negative_prompt: spec.negative_prompt.clone(),
@@ -211,7 +212,23 @@ pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
         sampler: spec.sampler.map(|sampler| sampler.as_str().parse()).transpose()?,
         schedule: spec.schedule.map(|schedule| schedule.as_str().parse()).transpose()?,
         seed: spec.seed,
-        skip_layer_guidance: None,
-        micro_conditioning: engine::MicroConditioning::default(),
+        micro_conditioning: options.micro_conditioning.as_ref().map(micro_conditioning).unwrap_or_default(),
+        max_sequence_length: options.max_sequence_length.map(|tokens| tokens as usize),
+        true_cfg_scale: options.true_cfg_scale,
+        skip_layer_guidance: options.skip_layer_guidance.as_ref().map(|guidance| engine::SkipLayerGuidance {
+            layers: guidance.layers.iter().map(|layer| *layer as usize).collect(),
+            scale: guidance.scale,
+            start: guidance.start,
+            stop: guidance.stop,
+        }),
     })
+}
+
+fn micro_conditioning(asked: &farm::spec::MicroConditioning) -> engine::MicroConditioning {
+    let pair = |(a, b): (u32, u32)| (a as usize, b as usize);
+    engine::MicroConditioning {
+        original_size: asked.original_size.map(pair),
+        crop: pair(asked.crop),
+        target_size: asked.target_size.map(pair),
+    }
 }

@@ -26,35 +26,29 @@ pub struct RowRequest {
     pub schedule: Option<ScheduleKind>,
     /// Seed of the initial noise and of the sampler's own.
     pub seed: u64,
-    /// Guidance away from what the denoiser predicts without some of its layers; `None`: none.
-    pub skip_layer_guidance: Option<SkipLayerGuidance>,
     /// What Stable Diffusion XL is told of sizes; other families do not read it.
     pub micro_conditioning: MicroConditioning,
+    /// Tokens of a prompt that T5 reads at most, in families with T5; `None`: as many as the checkpoint is used to.
+    pub max_sequence_length: Option<usize>,
+    /// FLUX's scale of guidance by a negative prompt, beside the scale that the model is told; `None`, or 1 or
+    /// less: no such guidance.
+    pub true_cfg_scale: Option<f64>,
+    /// Stable Diffusion 3's guidance away from what a few of its layers leave out.
+    pub skip_layer_guidance: Option<SkipLayerGuidance>,
 }
 
-/// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
-/// in pixels: the model has learnt how enlarged and how cropped pictures look.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MicroConditioning {
-    /// The size before cropping and scaling; `None`: the picture's own.
-    pub original_size: Option<(usize, usize)>,
-    /// What was cut off on the left and at the top.
-    pub crop: (usize, usize),
-    /// The size that was aimed at; `None`: the picture's own.
-    pub target_size: Option<(usize, usize)>,
-}
-
-/// Skip-layer guidance of Stable Diffusion 3: in some steps the denoiser is asked once more, without some of its
-/// layers, and the row is led away from what it then says. Only with guidance.
+/// Guidance away from what the denoiser predicts without some of its layers, in a part of the steps.
+///
+/// Reference: Hyung et al. 2024, <https://arxiv.org/abs/2411.18664>.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SkipLayerGuidance {
-    /// The layers to leave out, counted from 0.
+    /// Joint blocks that are left out.
     pub layers: Vec<usize>,
-    /// How far to lead away.
+    /// How far the difference is followed.
     pub scale: f64,
-    /// The share of the steps after which it starts,
+    /// The share of the steps after which it begins, 0 to 1.
     pub start: f64,
-    /// and before which it stops.
+    /// The share of the steps after which it ends, 0 to 1.
     pub stop: f64,
 }
 
@@ -68,18 +62,18 @@ impl Default for SkipLayerGuidance {
 impl SkipLayerGuidance {
     /// An error unless a denoiser of so many `layers` can do it.
     pub(super) fn check(&self, layers: usize) -> Result<()> {
-        let field = "skip_guidance_layers";
+        let field = "skip_layer_guidance.layers";
         if layers == 0 {
-            return Err(Error::request(field, "absent for this checkpoint's family", format!("{:?}", self.layers)));
+            return Err(Error::request("skip_layer_guidance", "absent for this checkpoint's family", "present"));
         }
         if self.layers.is_empty() || self.layers.iter().any(|layer| *layer >= layers) {
             let limit = format!("some of this checkpoint's layers 0 to {}", layers - 1);
             return Err(Error::request(field, limit, format!("{:?}", self.layers)));
         }
         for (field, value) in [
-            ("skip_layer_guidance_scale", self.scale),
-            ("skip_layer_guidance_start", self.start),
-            ("skip_layer_guidance_stop", self.stop),
+            ("skip_layer_guidance.scale", self.scale),
+            ("skip_layer_guidance.start", self.start),
+            ("skip_layer_guidance.stop", self.stop),
         ] {
             if !value.is_finite() {
                 return Err(Error::request(field, "a finite number", value));
@@ -87,6 +81,18 @@ impl SkipLayerGuidance {
         }
         Ok(())
     }
+}
+
+/// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
+/// in pixels: the model has learnt how enlarged and how cropped pictures look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MicroConditioning {
+    /// The size before cropping and scaling; `None`: the picture's own.
+    pub original_size: Option<(usize, usize)>,
+    /// What was cut off on the left and at the top.
+    pub crop: (usize, usize),
+    /// The size that was aimed at; `None`: the picture's own.
+    pub target_size: Option<(usize, usize)>,
 }
 
 /// What one step did to a row.

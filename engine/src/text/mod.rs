@@ -74,16 +74,14 @@ pub(crate) struct T5Text {
     name: &'static str,
     tokenizer: T5Tokenizer,
     pub encoder: T5Encoder,
-    /// Tokens that every prompt becomes.
-    length: usize,
 }
 
 impl T5Text {
-    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`; prompts become `length` tokens.
-    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, length: usize, place: &Place) -> Result<Self> {
+    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`.
+    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, place: &Place) -> Result<Self> {
         let encoder = T5Encoder::load(&folder.join(name), place)?;
         let tokenizer = T5Tokenizer::load(&folder.join(tokenizer), encoder.config.vocabulary)?;
-        Ok(Self { name, tokenizer, encoder, length })
+        Ok(Self { name, tokenizer, encoder })
     }
 
     /// Width of its states.
@@ -91,10 +89,10 @@ impl T5Text {
         self.encoder.config.width
     }
 
-    /// What it makes of a prompt, computed or remembered.
-    pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
-        cache.get_or(self.name, prompt, || {
-            let states = self.encoder.forward(&self.tokenizer.ids(prompt, self.length)?)?;
+    /// What it makes of a prompt as `tokens` tokens, computed or remembered.
+    pub fn embed(&self, prompt: &str, tokens: usize, cache: &EmbeddingCache) -> Result<Embedding> {
+        cache.get_or(self.name, &format!("{tokens} {prompt}"), || {
+            let states = self.encoder.forward(&self.tokenizer.ids(prompt, tokens)?)?;
             Ok(Embedding { states, pooled: None })
         })
     }

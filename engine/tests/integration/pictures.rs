@@ -29,6 +29,7 @@ struct Golden {
     #[serde(default)]
     target_size: Option<(usize, usize)>,
     skip_layer_guidance: Option<SkipLayers>,
+    max_sequence_length: Option<usize>,
 }
 
 /// Skip-layer guidance as the list has it.
@@ -65,6 +66,7 @@ impl Golden {
                 target_size: self.target_size,
             },
             skip_layer_guidance: self.skip_layer_guidance.clone().map(SkipLayers::asked),
+            max_sequence_length: self.max_sequence_length,
             ..RowRequest::default()
         }
     }

@@ -17,7 +17,7 @@ fn rows() -> Vec<RowRequest> {
         |layers: &[usize]| SkipLayerGuidance { layers: layers.to_vec(), stop: 0.7, ..SkipLayerGuidance::default() };
     vec![
         base("a small red star on a blue background", 6, 1),
-        RowRequest { guidance_scale: 1.0, ..base("a green ring", 3, 2) },
+        RowRequest { guidance_scale: 1.0, max_sequence_length: Some(9), ..base("a green ring", 3, 2) },
         RowRequest { skip_layer_guidance: Some(skipping(&[1])), ..base("a pink heart left of a cyan cross", 7, 3) },
         RowRequest { schedule: Some("karras".parse().unwrap()), guidance_scale: 9.5, ..base("", 5, 4) },
         RowRequest {
@@ -81,15 +81,17 @@ fn what_the_family_cannot_do_is_refused_by_name() {
     let sized = |width, height| RowRequest { width, height, ..request("a star") };
     assert_eq!(refusal("sd3", &sized(72, 64)), "`width` must be a multiple of 16 from 16 to 16384, but is 72");
     assert_eq!(refusal("sd3", &sized(64, 160)), "`height` must be at most 144 for this checkpoint, but is 160");
+    let long = RowRequest { max_sequence_length: Some(513), ..request("a star") };
+    assert_eq!(refusal("sd3", &long), "`max_sequence_length` must be 1 to 512, but is 513");
     let skipping = |skipping| RowRequest { skip_layer_guidance: Some(skipping), ..request("a star") };
     let layers = |layers: &[usize]| SkipLayerGuidance { layers: layers.to_vec(), ..SkipLayerGuidance::default() };
-    let limit = "`skip_guidance_layers` must be some of this checkpoint's layers 0 to 2, but is";
+    let limit = "`skip_layer_guidance.layers` must be some of this checkpoint's layers 0 to 2, but is";
     assert_eq!(refusal("sd3", &skipping(layers(&[1, 3]))), format!("{limit} [1, 3]"));
     assert_eq!(refusal("sd3", &skipping(layers(&[]))), format!("{limit} []"));
     let endless = SkipLayerGuidance { scale: f64::NAN, ..layers(&[1]) };
-    assert_eq!(refusal("sd3", &skipping(endless)), "`skip_layer_guidance_scale` must be a finite number, but is NaN");
+    assert_eq!(refusal("sd3", &skipping(endless)), "`skip_layer_guidance.scale` must be a finite number, but is NaN");
     let text = refusal("sd1", &skipping(layers(&[1])));
-    assert_eq!(text, "`skip_guidance_layers` must be absent for this checkpoint's family, but is [1]");
+    assert_eq!(text, "`skip_layer_guidance` must be absent for this checkpoint's family, but is present");
 }
 
 /// The error of a copy of `sd3` with a field of a configuration changed.

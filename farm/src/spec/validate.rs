@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::{Limits, RenderRequest, RenderSpec, Sampler, Schedule};
+use super::{FamilyOptions, Limits, RenderRequest, RenderSpec, Sampler, Schedule};
 use crate::catalog::{Catalog, ModelFacts};
 use crate::job::Lane;
 
@@ -32,7 +32,7 @@ impl fmt::Display for ValidationError {
 
 impl std::error::Error for ValidationError {}
 
-fn refuse(field: &str, limit: impl Into<String>, value: impl ToString) -> ValidationError {
+pub(super) fn refuse(field: &str, limit: impl Into<String>, value: impl ToString) -> ValidationError {
     let mut value = value.to_string();
     if value.chars().count() > 120 {
         value = value.chars().take(120).chain("…".chars()).collect();
@@ -58,6 +58,10 @@ impl RenderRequest {
             sampler,
             schedule,
             seed,
+            micro_conditioning,
+            max_sequence_length,
+            true_cfg_scale,
+            skip_layer_guidance,
             lane,
             tags,
             metadata
@@ -79,6 +83,7 @@ impl RenderRequest {
             return Err(refuse("operation", "`image_generation`", format!("`{operation}`")));
         }
         let (model, facts) = catalog.find(self.model.as_deref())?;
+        let options = FamilyOptions::read(&self, facts, limits)?;
         let prompt = self.prompt.ok_or_else(|| refuse("prompt", "present", "missing"))?;
         let negative_prompt = self.negative_prompt.unwrap_or_default();
         check_text("prompt", &prompt, limits)?;
@@ -114,6 +119,7 @@ impl RenderRequest {
                 None => draw_seed() & i64::MAX as u64,
                 Some(seed) => u64::try_from(seed).map_err(|_| refuse("seed", "0 to 9223372036854775807", seed))?,
             },
+            options,
             lane,
             tags: check_tags(self.tags.unwrap_or_default(), limits)?,
             metadata: check_metadata(self.metadata.unwrap_or_default(), limits)?,

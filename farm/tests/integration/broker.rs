@@ -110,6 +110,7 @@ pub fn message(queue: &QueueKey, seed: u64) -> JobMessage {
         lane: queue.lane,
         tags: vec!["tag".into()],
         metadata: serde_json::Map::new(),
+        options: farm::spec::FamilyOptions::default(),
     };
     JobMessage { version: VERSION, job_id: JobId::new(), attempts: 0, batch_key: BatchKey::of(&spec), spec }
 }

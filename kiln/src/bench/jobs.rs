@@ -56,6 +56,7 @@ pub fn row(index: u64) -> engine::RowRequest {
         sampler: None,
         schedule: None,
         seed: index,
+        ..engine::RowRequest::default()
     }
 }
 

@@ -143,6 +143,7 @@ mod tests {
             lane: Lane::Bulk,
             tags: vec!["a".into()],
             metadata: serde_json::Map::new(),
+            options: farm::spec::FamilyOptions::default(),
         }
     }
 

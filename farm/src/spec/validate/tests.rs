@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::*;
+use crate::spec::MicroConditioning;
 
 fn catalog() -> Catalog {
     let small =
@@ -35,6 +36,62 @@ fn only_the_prompt_is_required() {
     assert_eq!((spec.sampler, spec.schedule, spec.seed, spec.lane), (Some(Sampler::Ddim), None, 7, Lane::Bulk));
     let missing = RenderRequest::default().validate(&catalog(), &Limits::default(), Lane::Bulk, || 7).unwrap_err();
     assert_eq!(missing.to_string(), "`prompt` must be present, but is missing");
+}
+
+/// What a request to a checkpoint of `family` becomes.
+fn validate_for(family: &str, json: Value) -> Result<RenderSpec, ValidationError> {
+    let facts = ModelFacts { family: Some(family.to_owned()), ..ModelFacts::assumed("here") };
+    let catalog = Catalog::new(BTreeMap::from([("m".to_owned(), facts)]), "m").unwrap();
+    request(json).validate(&catalog, &Limits::default(), Lane::Bulk, || 7)
+}
+
+#[test]
+fn options_of_a_family_reach_it_and_others_refuse_them() {
+    let sizes = json!({"micro_conditioning": {"original_size": [1024, 512], "crop": [3, 4]}});
+    let spec = validate_for("sdxl_turbo", sizes.clone()).unwrap();
+    let wanted = MicroConditioning { original_size: Some((1024, 512)), crop: (3, 4), target_size: None };
+    assert_eq!(spec.options.micro_conditioning, Some(wanted));
+    assert_eq!(serde_json::from_value::<RenderSpec>(serde_json::to_value(&spec).unwrap()).unwrap(), spec);
+    let refused = validate_for("flux_dev", sizes.clone()).unwrap_err().to_string();
+    assert_eq!(refused, "`micro_conditioning` must be absent for a checkpoint of the family flux_dev, but is present");
+    assert!(validate(sizes).is_ok(), "a family that nobody knows yet may read it");
+
+    let flux = validate_for("flux_dev", json!({"max_sequence_length": 256, "true_cfg_scale": 4})).unwrap().options;
+    assert_eq!((flux.max_sequence_length, flux.true_cfg_scale), (Some(256), Some(4.0)));
+    let skips = json!({"skip_layer_guidance": {"layers": [7, 8, 9]}});
+    let guidance = validate_for("sd35_medium", skips).unwrap().options.skip_layer_guidance.unwrap();
+    assert_eq!((guidance.layers, guidance.scale, guidance.start, guidance.stop), (vec![7, 8, 9], 2.8, 0.01, 0.2));
+
+    let plain = validate(json!({})).unwrap();
+    assert!(serde_json::to_value(plain).unwrap().get("options").is_none(), "what nobody asked for is not written");
+}
+
+#[test]
+fn options_of_a_family_have_limits_too() {
+    let table = [
+        (
+            json!({"micro_conditioning": {"original_size": [0, 5]}}),
+            "`micro_conditioning.original_size` must be two sides of 1 to 65536, but is (0, 5)",
+        ),
+        (
+            json!({"micro_conditioning": {"crop": [1, 70000]}}),
+            "`micro_conditioning.crop` must be two numbers of 0 to 65536, but is (1, 70000)",
+        ),
+        (json!({"max_sequence_length": 0}), "`max_sequence_length` must be 1 to 512, but is 0"),
+        (json!({"max_sequence_length": 4096}), "`max_sequence_length` must be 1 to 512, but is 4096"),
+        (json!({"true_cfg_scale": -1}), "`true_cfg_scale` must be 0 to 100, but is -1"),
+        (
+            json!({"skip_layer_guidance": {"layers": []}}),
+            "`skip_layer_guidance.layers` must be 1 to 256 layers, but is 0 layers",
+        ),
+        (
+            json!({"skip_layer_guidance": {"layers": [1], "stop": 1.5}}),
+            "`skip_layer_guidance.stop` must be 0 to 1, but is 1.5",
+        ),
+    ];
+    for (json, expected) in table {
+        assert_eq!(refusal(json), expected);
+    }
 }
 
 #[test]
@@ -73,7 +130,7 @@ fn each_field_out_of_its_limit_is_named_with_limit_and_value() {
         (json!({"guidance_scale": 100.5}), "`guidance_scale` must be 0 to 100, but is 100.5"),
         (
             json!({"sampler": "heun"}),
-            "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm, but is `heun`",
+            "`sampler` must be one of ddim, euler, euler_ancestral, dpmpp_2m, pndm, flow_match_euler, but is `heun`",
         ),
         (json!({"schedule": "linear"}), "`schedule` must be one of normal, karras, exponential, beta, but is `linear`"),
         (json!({"seed": -1}), "`seed` must be 0 to 9223372036854775807, but is -1"),

@@ -116,6 +116,7 @@ pub fn spec(model: &str, lane: Lane) -> RenderSpec {
         lane,
         tags: Vec::new(),
         metadata: serde_json::Map::new(),
+        options: farm::spec::FamilyOptions::default(),
     }
 }
 

@@ -104,6 +104,7 @@ impl TestFarm {
             lane: Lane::Bulk,
             tags: vec![],
             metadata: serde_json::Map::new(),
+            options: farm::spec::FamilyOptions::default(),
         }
     }
 
