@@ -5,9 +5,11 @@ mod embedding;
 mod patches;
 mod resnet;
 
+mod flux;
 mod mmdit;
 mod unet;
 
+pub(crate) use flux::{FluxInputs, FluxTransformer};
 pub(crate) use mmdit::{Mmdit, Prompts};
 pub(crate) use resnet::{ResnetBlock, ResnetShape};
 pub(crate) use unet::{Added, UNet};

@@ -1,6 +1,7 @@
 //! Each network against what diffusers and transformers made of the same weights
 //! (`tests/fixtures/README.md`).
 
+mod flux;
 mod sd3;
 mod sdxl;
 mod t5;
@@ -46,6 +47,10 @@ impl Goldens {
         let view = file.tensor(name).ok()?;
         let dtype = if view.dtype() == safetensors::Dtype::I64 { DType::I64 } else { DType::F32 };
         Some(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu).unwrap())
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
+        SafeTensors::deserialize(&self.bytes).unwrap().tensor(name).unwrap().data().to_vec()
     }
 
     fn list<T: serde::de::DeserializeOwned>(&self, name: &str) -> Vec<T> {

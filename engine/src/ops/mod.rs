@@ -25,6 +25,7 @@ mod layout;
 mod linear;
 mod norm;
 mod rms_norm;
+mod rotation;
 mod tokens;
 mod upsample;
 
@@ -50,6 +51,7 @@ pub(crate) use linear::{Activation, Linear};
 pub(crate) use norm::{GroupNorm, Seen};
 pub(crate) use parameter::{Parameter, Stored};
 pub(crate) use rms_norm::RmsNorm;
+pub(crate) use rotation::Rotation;
 pub(crate) use tensor::{Place, Tensor};
 pub(crate) use tokens::{cat_tokens, split_channels, split_tokens};
 pub(crate) use upsample::UpsampleConv;

@@ -37,18 +37,31 @@ pub struct RowRequest {
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
 }
 
-/// Guidance away from what the denoiser predicts without some of its layers, in a part of the steps.
+/// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
+/// in pixels: the model has learnt how enlarged and how cropped pictures look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MicroConditioning {
+    /// The size before cropping and scaling; `None`: the picture's own.
+    pub original_size: Option<(usize, usize)>,
+    /// What was cut off on the left and at the top.
+    pub crop: (usize, usize),
+    /// The size that was aimed at; `None`: the picture's own.
+    pub target_size: Option<(usize, usize)>,
+}
+
+/// Skip-layer guidance of Stable Diffusion 3: in some steps the denoiser is asked once more, without some of its
+/// layers, and the row is led away from what it then says. Only with guidance.
 ///
 /// Reference: Hyung et al. 2024, <https://arxiv.org/abs/2411.18664>.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SkipLayerGuidance {
-    /// Joint blocks that are left out.
+    /// The layers to leave out, counted from 0.
     pub layers: Vec<usize>,
-    /// How far the difference is followed.
+    /// How far to lead away.
     pub scale: f64,
-    /// The share of the steps after which it begins, 0 to 1.
+    /// The share of the steps after which it starts,
     pub start: f64,
-    /// The share of the steps after which it ends, 0 to 1.
+    /// and before which it stops.
     pub stop: f64,
 }
 
@@ -64,7 +77,7 @@ impl SkipLayerGuidance {
     pub(super) fn check(&self, layers: usize) -> Result<()> {
         let field = "skip_layer_guidance.layers";
         if layers == 0 {
-            return Err(Error::request("skip_layer_guidance", "absent for this checkpoint's family", "present"));
+            return Err(Error::request(field, "absent for this checkpoint's family", format!("{:?}", self.layers)));
         }
         if self.layers.is_empty() || self.layers.iter().any(|layer| *layer >= layers) {
             let limit = format!("some of this checkpoint's layers 0 to {}", layers - 1);
@@ -81,18 +94,6 @@ impl SkipLayerGuidance {
         }
         Ok(())
     }
-}
-
-/// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)
-/// in pixels: the model has learnt how enlarged and how cropped pictures look.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MicroConditioning {
-    /// The size before cropping and scaling; `None`: the picture's own.
-    pub original_size: Option<(usize, usize)>,
-    /// What was cut off on the left and at the top.
-    pub crop: (usize, usize),
-    /// The size that was aimed at; `None`: the picture's own.
-    pub target_size: Option<(usize, usize)>,
 }
 
 /// What one step did to a row.

@@ -91,7 +91,7 @@ fn what_the_family_cannot_do_is_refused_by_name() {
     let endless = SkipLayerGuidance { scale: f64::NAN, ..layers(&[1]) };
     assert_eq!(refusal("sd3", &skipping(endless)), "`skip_layer_guidance.scale` must be a finite number, but is NaN");
     let text = refusal("sd1", &skipping(layers(&[1])));
-    assert_eq!(text, "`skip_layer_guidance` must be absent for this checkpoint's family, but is present");
+    assert_eq!(text, "`skip_layer_guidance.layers` must be absent for this checkpoint's family, but is [1]");
 }
 
 /// The error of a copy of `sd3` with a field of a configuration changed.
