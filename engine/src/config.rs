@@ -33,11 +33,6 @@ impl ConfigFile {
         if path.exists() { Self::read(path).map(Some) } else { Ok(None) }
     }
 
-    /// Where it lies.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// A field's value; absent and `null` are the same.
     pub fn get(&self, field: &str) -> Option<&Value> {
         self.fields.get(field).filter(|value| !value.is_null())

@@ -1,5 +1,7 @@
 //! Where tensors live and in which number format.
 
+mod memory;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -113,6 +115,16 @@ impl Device {
         match self.choice {
             DeviceChoice::Cpu if weight_bytes <= SMALL => rayon::current_num_threads(),
             _ => 1,
+        }
+    }
+
+    /// Bytes that a model's activations may well take. On the processor half of what is free now; elsewhere a
+    /// fixed number, because there it may show in a picture.
+    pub(crate) fn activation_bytes(&self) -> usize {
+        const ELSEWHERE: usize = 4 << 30;
+        match self.choice {
+            DeviceChoice::Cpu => memory::free().map_or(ELSEWHERE, |bytes| bytes / 2),
+            _ => ELSEWHERE,
         }
     }
 

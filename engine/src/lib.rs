@@ -40,7 +40,8 @@ pub use error::{Error, Result};
 pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
 pub use pipeline::{
-    Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, render,
+    Checkpoint, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch,
+    SkipLayerGuidance, gray, render, resized,
 };
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

@@ -201,6 +201,10 @@ pub struct WorkerConfig {
     pub device: Option<String>,
     /// `f32`, `f16` or `bf16`. Default: f32 on a CPU, bf16 on a GPU.
     pub dtype: Option<String>,
+    /// Bytes that the VAE may take for a picture's activations; larger maps are computed in bands, which takes longer.
+    /// On a CPU that shows in no bit of a picture; on a GPU it may show in the last one, so all workers of a farm
+    /// should have the same. Default: half of the memory that is free on a CPU, four gigabytes on a GPU.
+    pub vae_bytes: Option<u64>,
     /// Rows of a batch at most.
     pub max_batch: u32,
     /// Leases held beside the running batch, so that the device never waits.
@@ -233,6 +237,7 @@ impl Default for WorkerConfig {
             name: None,
             device: None,
             dtype: None,
+            vae_bytes: None,
             max_batch: 8,
             window: 16,
             lease_seconds: 60.0,

@@ -1,9 +1,11 @@
 //! Two types for every job: [`RenderRequest`] as sent, [`RenderSpec`] valid and with its defaults
 //! filled in. Only the second travels.
 
+mod init;
 mod options;
 mod validate;
 
+pub use init::{InitImage, Mask, MaskedContent};
 pub use options::{FamilyOptions, MicroConditioning, SkipLayerGuidance};
 pub use validate::ValidationError;
 
@@ -138,6 +140,22 @@ pub struct RenderRequest {
     /// Stable Diffusion 3: guidance away from what the denoiser predicts without some layers. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
+    /// A picture to start from: a key that `POST /v1/artifacts` answered, a data URL of a PNG, JPEG or WebP, or an
+    /// `s3://` address in the farm's bucket. Resized to the job's size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_image: Option<String>,
+    /// What of the init image is painted anew: white is, black stays. In the same forms.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_image: Option<String>,
+    /// How much of the way from noise the job goes, above 0 and at most 1. Default: 0.8, with a mask 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f64>,
+    /// The deviation in pixels by which the mask's edges are blurred, 0 to 256. Default: 0, a mask of all or nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_blur: Option<f64>,
+    /// What the painted part starts from: `original` or `noise`. Default: `original`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masked_content: Option<String>,
     /// `interactive` or `bulk`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<String>,
@@ -175,6 +193,9 @@ pub struct RenderSpec {
     /// What only some families read.
     #[serde(default, skip_serializing_if = "FamilyOptions::are_default")]
     pub options: FamilyOptions,
+    /// A picture to start from; absent: from noise alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_image: Option<InitImage>,
     /// The lane.
     pub lane: Lane,
     /// The client's labels.
@@ -209,6 +230,10 @@ pub struct Limits {
     pub submission_jobs: u64,
     /// Bytes of a JSON body (streamed JSON Lines are bounded a line at a time by this).
     pub body_bytes: usize,
+    /// Bytes of an init image or mask as it is sent.
+    pub init_image_bytes: usize,
+    /// Pixels of an init image or mask, looked at before it is decoded.
+    pub init_image_pixels: u64,
 }
 
 impl Default for Limits {
@@ -224,6 +249,8 @@ impl Default for Limits {
             metadata_bytes: 16 * 1024,
             submission_jobs: 10_000_000,
             body_bytes: 32 * 1024 * 1024,
+            init_image_bytes: 16 * 1024 * 1024,
+            init_image_pixels: 8192 * 8192,
         }
     }
 }

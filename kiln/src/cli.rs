@@ -73,6 +73,7 @@ pub struct ApiArgs {
   kiln render \"a large red star on a blue background\"
   kiln render \"a small cyan ring\" --seed 7 --steps 25 --sampler euler --out ring.png
   kiln render \"a blue heart above a green square on a white background\" --count 8 --out hearts/
+  kiln render \"a red star\" --init photo.jpg --mask sky.png --strength 0.6
   kiln render \"a lighthouse at dusk\" --model ./stable-diffusion-v1-5 --dtype f16
 
 Without --model it draws with the demo checkpoint, which knows coloured shapes on coloured backgrounds.
@@ -107,6 +108,21 @@ pub struct RenderArgs {
     /// Height in pixels [default: the checkpoint's]
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub height: Option<i64>,
+    /// A picture to start from: PNG, JPEG or WebP
+    #[arg(long, value_name = "FILE")]
+    pub init: Option<PathBuf>,
+    /// What of the init image is painted anew: white is, black stays
+    #[arg(long, value_name = "FILE", requires = "init")]
+    pub mask: Option<PathBuf>,
+    /// How much of the way from noise to go, above 0 and at most 1 [default: 0.8, with a mask 1]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, requires = "init")]
+    pub strength: Option<f64>,
+    /// Pixels by which the mask's edges are blurred [default: 0]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true, requires = "mask")]
+    pub mask_blur: Option<f64>,
+    /// What the painted part starts from, original or noise [default: original]
+    #[arg(long, value_name = "CONTENT", requires = "mask")]
+    pub masked_content: Option<String>,
     /// How many pictures, each with a seed of its own
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub count: u32,

@@ -10,7 +10,7 @@ use farm::config::Config;
 use farm::id::{JobId, SubmissionId};
 use farm::job::{JobView, SubmissionView};
 use reqwest::{Method, RequestBuilder, Response, StatusCode};
-use scheduler::{JobPage, Problem, SubmissionAccepted, SubmissionPage};
+use scheduler::{ArtifactStored, JobPage, Problem, SubmissionAccepted, SubmissionPage};
 use serde::de::DeserializeOwned;
 
 use crate::cli::ApiArgs;
@@ -193,6 +193,12 @@ impl Client {
             .header("content-type", content_type)
             .body(body);
         self.json(request).await
+    }
+
+    /// Stores a picture that jobs start from.
+    pub async fn upload(&self, picture: Bytes) -> Result<ArtifactStored, ClientError> {
+        let request = self.request(Method::POST, "/v1/artifacts");
+        self.json(request.header("content-type", "application/octet-stream").body(picture)).await
     }
 
     /// Repeats `call` while its failure is transient and patience lasts, and says so once.

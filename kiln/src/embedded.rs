@@ -36,6 +36,7 @@ pub fn worker(config: &Config, ports: &Ports, catalog: &Arc<Catalog>) -> Worker 
         artifacts: Arc::clone(&ports.artifacts),
         catalog: Arc::clone(catalog),
         config: config.worker.clone(),
+        limits: config.limits.clone(),
         clock: Arc::clone(&ports.clock),
     }
 }

@@ -62,6 +62,7 @@ pub async fn run(mut config: Config, args: RenderArgs, stop: CancellationToken) 
     let mut farm = Farm::start(&config, &ports, &Arc::new(catalog), listener)?;
     let client = Client::at(format!("http://{}", farm.address), None)?;
 
+    let requests = with_pictures(&client, &args, requests).await?;
     let mut session = Session::submit(client, &ports, target, requests).await?;
     let outcome = tokio::select! {
         outcome = session.follow() => outcome.map(|()| false),
@@ -121,6 +122,32 @@ fn requests(args: &RenderArgs, config: &Config, catalog: &Catalog) -> Result<Vec
     };
     let _valid: RenderSpec = request.clone().validate(catalog, &config.limits, Lane::Interactive, || 0)?;
     Ok((first..=last).map(|seed| RenderRequest { seed: Some(seed), ..request.clone() }).collect())
+}
+
+/// The requests with the init image and the mask that the command line names, which the farm has by then.
+async fn with_pictures(client: &Client, args: &RenderArgs, requests: Vec<RenderRequest>) -> Result<Vec<RenderRequest>> {
+    let send = async |option: &str, path: &Path| -> Result<String> {
+        let bytes = tokio::fs::read(path)
+            .await
+            .with_context(|| format!("{option} must be a picture, but `{}` cannot be read", path.display()))?;
+        let stored = client.upload(bytes.into()).await;
+        Ok(stored.with_context(|| format!("{option} `{}` was not taken", path.display()))?.key)
+    };
+    let Some(init) = &args.init else { return Ok(requests) };
+    let init = send("--init", init).await?;
+    let mask = match &args.mask {
+        Some(mask) => Some(send("--mask", mask).await?),
+        None => None,
+    };
+    let given = RenderRequest {
+        init_image: Some(init),
+        mask_image: mask,
+        strength: args.strength,
+        mask_blur: args.mask_blur,
+        masked_content: args.masked_content.clone(),
+        ..RenderRequest::default()
+    };
+    Ok(requests.into_iter().map(|request| request.or(&given)).collect())
 }
 
 /// Turns the configuration into one for a farm that nobody else can see and that leaves nothing behind.
@@ -242,12 +269,13 @@ impl Picture {
             sampler,
             schedule,
             seed,
+            init_image,
             ..
         } = &self.job.spec;
         serde_json::json!({
             "path": self.path, "model": model, "prompt": prompt, "negative_prompt": negative_prompt, "width": width,
             "height": height, "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "schedule": schedule,
-            "seed": seed, "sha256": self.job.sha256, "render_ms": self.job.render_ms,
+            "seed": seed, "init_image": init_image, "sha256": self.job.sha256, "render_ms": self.job.render_ms,
         })
     }
 }

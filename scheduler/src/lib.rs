@@ -1,6 +1,7 @@
 //! The scheduler: takes submissions, hands their jobs to the broker bit by bit, and keeps their state true.
 //!
-//! Reading order: [`run`] here; [`submission`] (what a client sends at once, as a stream of jobs); [`api`] (HTTP);
+//! Reading order: [`run`] here; [`submission`] (what a client sends at once, as a stream of jobs), `images` (what
+//! jobs start from); [`api`] (HTTP);
 //! then the loops over one driver, `loops`: `dispatch` (store to broker), `reaper` (silent workers),
 //! `reconciler` (lost messages), `leftovers` (objects nobody owns); `metrics` and `server` (the socket) last.
 //!
@@ -8,6 +9,7 @@
 //!
 //! Invariant: no tensors here (never candle), no SQL, no AMQP, no S3: only the ports of [`farm`].
 
+mod images;
 mod refusal;
 pub mod submission;
 
@@ -42,8 +44,8 @@ use tracing::{info, warn};
 
 use crate::api::{Api, Keys};
 pub use crate::api::{
-    JobAccepted, JobPage, JobStateView, ModelView, Models, Part, Problem, Ready, StreamEvent, SubmissionAccepted,
-    SubmissionCountersView, SubmissionPage, SubmissionRetried, Workers,
+    ArtifactStored, JobAccepted, JobPage, JobStateView, ModelView, Models, Part, Problem, Ready, StreamEvent,
+    SubmissionAccepted, SubmissionCountersView, SubmissionPage, SubmissionRetried, Workers,
 };
 use crate::dispatch::Dispatcher;
 use crate::leftovers::LeftoverSweeper;

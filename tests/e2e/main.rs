@@ -8,4 +8,5 @@ mod support;
 
 mod command_line;
 mod faults;
+mod init_images;
 mod throughput;

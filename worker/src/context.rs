@@ -14,6 +14,7 @@ use farm::config::{WorkerConfig, seconds};
 use farm::fleet::WorkerStatus;
 use farm::id::WorkerId;
 use farm::job::{Failure, FailureKind};
+use farm::spec::Limits;
 use farm::store::{SharedStore, StoreError};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use crate::announce::Announcer;
 use crate::device::Device;
 use crate::holdings::{Holdings, Stage};
+use crate::inputs::Inputs;
 
 /// What the worker serves.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +53,8 @@ pub(crate) struct Context {
     pub(crate) artifacts: SharedArtifacts,
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) config: WorkerConfig,
+    pub(crate) limits: Limits,
+    pub(crate) inputs: Inputs,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) id: WorkerId,
     pub(crate) host: String,

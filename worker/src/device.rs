@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use engine::InitImage;
 use farm::id::JobId;
 use farm::job::Failure;
 use farm::spec::RenderSpec;
@@ -24,6 +25,8 @@ use crate::rows::Rows;
 pub(crate) struct NewRow {
     pub(crate) job_id: JobId,
     pub(crate) spec: Arc<RenderSpec>,
+    /// What it starts from, at its size.
+    pub(crate) init: Option<InitImage>,
 }
 
 /// News from the device.

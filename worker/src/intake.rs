@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::Context;
 use crate::device::NewRow;
 use crate::holdings::{Held, Receipt, Stage};
+use crate::inputs::{self, NoInput};
 use crate::settle;
 use crate::subscription;
 
@@ -200,16 +201,46 @@ impl<'a> Intake<'a> {
         self.context.holdings.add(ours.iter().cloned());
         match &self.fate {
             Fate::Render => {
-                let row = |held: Held| NewRow { job_id: held.lease.job_id, spec: held.spec };
-                if self.context.device.add(ours.into_iter().map(row).collect()).await.is_err() {
-                    self.context.stop.cancel();
-                }
+                // What starts from noise alone waits for nothing.
+                let (fetching, ready): (Vec<_>, Vec<_>) =
+                    ours.into_iter().partition(|held| held.spec.init_image.is_some());
+                let row = |held: Held| NewRow { job_id: held.lease.job_id, spec: held.spec, init: None };
+                self.add(ready.into_iter().map(row).collect()).await;
+                let rows = join_all(fetching.into_iter().map(|held| self.fetch(held))).await;
+                self.add(rows.into_iter().flatten().collect()).await;
             }
             Fate::Refuse(failure) => {
                 let fail = |held: &Held| settle::fail_quietly(self.context, held.lease.job_id, failure);
                 join_all(ours.iter().map(fail)).await;
             }
         }
+    }
+}
+
+impl Intake<'_> {
+    async fn add(&self, rows: Vec<NewRow>) {
+        if !rows.is_empty() && self.context.device.add(rows).await.is_err() {
+            self.context.stop.cancel();
+        }
+    }
+
+    /// A row with the pictures that it starts from; `None` where that did not come about, which is settled then.
+    async fn fetch(&self, held: Held) -> Option<NewRow> {
+        let job_id = held.lease.job_id;
+        match inputs::fetch(self.context, &held.spec).await {
+            Ok(init) => {
+                // Nobody could take the row from the device while it was not there.
+                let held = self.context.holdings.get(job_id)?;
+                match (held.lost, held.cancelled) {
+                    (true, _) => settle::lost(self.context, job_id).await,
+                    (_, true) => settle::cancelled(self.context, job_id).await,
+                    _ => return Some(NewRow { job_id, spec: held.spec, init }),
+                }
+            }
+            Err(NoInput::Failed(failure)) => settle::failed(self.context, job_id, failure).await,
+            Err(NoInput::Stopped) => settle::released(self.context, vec![job_id]).await,
+        }
+        None
     }
 }
 

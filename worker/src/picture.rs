@@ -83,6 +83,12 @@ pub(crate) fn parameters(spec: &RenderSpec) -> String {
     let RenderSpec { guidance_scale, seed, width, height, model, .. } = spec;
     let _ =
         write!(text, ", CFG scale: {guidance_scale}, Seed: {seed}, Size: {width}x{height}, Model: {}", quoted(model));
+    if let Some(init) = &spec.init_image {
+        let _ = write!(text, ", Denoising strength: {}", init.strength);
+        if let Some(mask) = &init.mask {
+            let _ = write!(text, ", Mask blur: {}", mask.blur);
+        }
+    }
     text
 }
 
@@ -136,6 +142,7 @@ pub(crate) fn encode(image: &RgbImage, provenance: &Provenance) -> anyhow::Resul
 mod tests {
     use super::*;
     use farm::job::Lane;
+    use farm::spec::{InitImage, Mask, MaskedContent};
 
     fn spec() -> RenderSpec {
         RenderSpec {
@@ -149,6 +156,7 @@ mod tests {
             sampler: Some(Sampler::EulerAncestral),
             schedule: None,
             seed: 42,
+            init_image: None,
             lane: Lane::Bulk,
             tags: vec![],
             metadata: serde_json::Map::new(),
@@ -179,6 +187,10 @@ mod tests {
     fn the_parameters_read_as_a1111_writes_them() {
         let expected = "a red star\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 42, Size: 4x2, Model: demo";
         assert_eq!(parameters(&spec()), expected);
+        let mask = Mask { key: "uploads/m.png".into(), blur: 4.0, content: MaskedContent::Original };
+        let init = InitImage { key: "uploads/a.png".into(), strength: 0.6, mask: Some(mask) };
+        let started = parameters(&RenderSpec { init_image: Some(init), ..spec() });
+        assert_eq!(started, format!("{expected}, Denoising strength: 0.6, Mask blur: 4"));
         let spec = RenderSpec {
             negative_prompt: "blurry".into(),
             guidance_scale: 7.0,

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use engine::{Checkpoint, Device, DeviceChoice, Precision, RowId, RowRequest, RunningBatch};
+use engine::{Checkpoint, Device, DeviceChoice, InitImage, Precision, RowId, RowRequest, RunningBatch};
 use farm::config::WorkerConfig;
 use farm::job::{Failure, FailureKind};
 use farm::spec::RenderSpec;
@@ -98,8 +98,8 @@ pub trait RowBatch {
     /// See [`Renderer::Latent`].
     type Latent;
 
-    /// Adds a row.
-    fn join(&mut self, row: RowId, spec: &RenderSpec) -> Result<(), RenderError>;
+    /// Adds a row, which starts from `init` if there is one.
+    fn join(&mut self, row: RowId, spec: &RenderSpec, init: Option<&InitImage>) -> Result<(), RenderError>;
 
     /// Takes a row out, if it is there.
     fn leave(&mut self, row: RowId);
@@ -129,6 +129,7 @@ pub fn open_device(config: &WorkerConfig) -> anyhow::Result<(Device, Precision)>
 pub struct EngineRenderer {
     device: Device,
     precision: Precision,
+    vae_bytes: Option<usize>,
     checkpoint: Option<Arc<Checkpoint>>,
 }
 
@@ -139,7 +140,8 @@ impl EngineRenderer {
     /// If there is no such device or this build cannot use it.
     pub fn open(config: &WorkerConfig) -> anyhow::Result<Self> {
         let (device, precision) = open_device(config)?;
-        Ok(Self { device, precision, checkpoint: None })
+        let vae_bytes = config.vae_bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        Ok(Self { device, precision, vae_bytes, checkpoint: None })
     }
 
     fn loaded(&self) -> &Arc<Checkpoint> {
@@ -153,7 +155,8 @@ impl Renderer for EngineRenderer {
 
     fn load(&mut self, folder: &Path) -> Result<(), RenderError> {
         self.checkpoint = None;
-        self.checkpoint = Some(Arc::new(Checkpoint::load(folder, &self.device, self.precision)?));
+        let checkpoint = Checkpoint::load(folder, &self.device, self.precision)?.with_vae_bytes(self.vae_bytes);
+        self.checkpoint = Some(Arc::new(checkpoint));
         Ok(())
     }
 
@@ -180,8 +183,8 @@ pub struct EngineBatch(RunningBatch);
 impl RowBatch for EngineBatch {
     type Latent = engine::Latent;
 
-    fn join(&mut self, row: RowId, spec: &RenderSpec) -> Result<(), RenderError> {
-        Ok(self.0.join(row, &row_request(spec)?)?)
+    fn join(&mut self, row: RowId, spec: &RenderSpec, init: Option<&InitImage>) -> Result<(), RenderError> {
+        Ok(self.0.join(row, &RowRequest { init_image: init.cloned(), ..row_request(spec)? })?)
     }
 
     fn leave(&mut self, row: RowId) {
@@ -199,7 +202,7 @@ impl RowBatch for EngineBatch {
     }
 }
 
-/// A job in the engine's words.
+/// A job in the engine's words, but for the pictures that it starts from.
 pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
     let options = &spec.options;
     Ok(RowRequest {
@@ -221,6 +224,7 @@ pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
             start: guidance.start,
             stop: guidance.stop,
         }),
+        init_image: None,
     })
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::RowId;
+use engine::{InitImage, RowId};
 use farm::batch_key::BatchKey;
 use farm::id::JobId;
 use farm::spec::RenderSpec;
@@ -21,6 +21,7 @@ use crate::renderer::{RenderError, Renderer, RowBatch};
 /// What is remembered of a row while it is on the device.
 struct Track {
     spec: Arc<RenderSpec>,
+    init: Option<InitImage>,
     arrived: Instant,
     joined: Instant,
     passes: u32,
@@ -73,10 +74,10 @@ impl<R: Renderer> Rows<R> {
         guarded(|| self.renderer.load(folder))
     }
 
-    pub(crate) fn add(&mut self, NewRow { job_id, spec }: NewRow) {
+    pub(crate) fn add(&mut self, NewRow { job_id, spec, init }: NewRow) {
         let now = Instant::now();
         let row = self.batcher.add(job_id, BatchKey::of(&spec), spec.lane, now);
-        let track = Track { spec, arrived: now, joined: now, passes: 0, rows_in_passes: 0, largest_batch: 0 };
+        let track = Track { spec, init, arrived: now, joined: now, passes: 0, rows_in_passes: 0, largest_batch: 0 };
         self.tracks.insert(row, track);
     }
 
@@ -112,7 +113,7 @@ impl<R: Renderer> Rows<R> {
     fn join(&mut self, key: &BatchKey, row: RowId) {
         let Some(track) = self.tracks.get_mut(&row) else { return };
         let batch = self.shared.entry(key.clone()).or_insert_with(|| self.renderer.batch(key.width, key.height));
-        match guarded(|| batch.join(row, &track.spec)) {
+        match guarded(|| batch.join(row, &track.spec, track.init.as_ref())) {
             Ok(()) => {
                 track.joined = Instant::now();
                 self.tell_joined(row);
@@ -188,7 +189,7 @@ impl<R: Renderer> Rows<R> {
             }
             let Some(track) = self.tracks.get(&row) else { continue };
             let mut batch = self.renderer.batch(key.width, key.height);
-            match guarded(|| batch.join(row, &track.spec)) {
+            match guarded(|| batch.join(row, &track.spec, track.init.as_ref())) {
                 Ok(()) => drop(self.alone.insert(row, batch)),
                 Err(error) => self.fail(row, error),
             }

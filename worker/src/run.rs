@@ -12,6 +12,7 @@ use farm::catalog::Catalog;
 use farm::clock::Clock;
 use farm::config::{WorkerConfig, seconds};
 use farm::id::WorkerId;
+use farm::spec::Limits;
 use farm::store::SharedStore;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,7 @@ use crate::deliver::Delivery;
 use crate::device::{Device, Event};
 use crate::heartbeat;
 use crate::holdings::{Holdings, Stage};
+use crate::inputs::Inputs;
 use crate::renderer::{EngineRenderer, Renderer};
 use crate::settle;
 
@@ -43,6 +45,8 @@ pub struct Worker {
     pub catalog: Arc<Catalog>,
     /// Settings.
     pub config: WorkerConfig,
+    /// What init images may be.
+    pub limits: Limits,
     /// The time.
     pub clock: Arc<dyn Clock>,
 }
@@ -98,6 +102,8 @@ pub async fn run_with(
         artifacts: worker.artifacts,
         catalog: worker.catalog,
         config: worker.config,
+        limits: worker.limits,
+        inputs: Inputs::default(),
         clock: worker.clock,
         id: WorkerId(format!("{name}-{}", &suffix[..8])),
         host,

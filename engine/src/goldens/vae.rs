@@ -2,7 +2,7 @@
 
 use safetensors::SafeTensors;
 
-use super::{CHECKPOINTS, Goldens, difference, dims4, fixtures, folder, numbers};
+use super::{CHECKPOINTS, Goldens, difference, dims4, folder, numbers};
 use crate::noise::NoiseSource;
 use crate::ops::{self, Place};
 use crate::vae::Vae;
@@ -50,7 +50,7 @@ fn a_shifted_latent_of_many_channels_decodes_as_in_diffusers() {
     for checkpoint in CHECKPOINTS.into_iter().chain(["vae16"]) {
         let (vae, latents) = (vae(checkpoint), goldens.tensor(&format!("{checkpoint}.latents")).unwrap());
         let mut values = numbers(&latents);
-        vae.config.from_denoiser(&mut values);
+        vae.config.to_decoder(&mut values);
         let decoded = vae.decode(&values, dims4(&latents), usize::MAX).unwrap();
         let off = difference(
             &ops::channels_first(&decoded).unwrap(),
@@ -62,7 +62,7 @@ fn a_shifted_latent_of_many_channels_decodes_as_in_diffusers() {
     assert_eq!((config.latent_channels, config.shift_factor), (16, 0.0609));
     let mut there_and_back = [1.5f32, -2.0];
     config.to_denoiser(&mut there_and_back);
-    config.from_denoiser(&mut there_and_back);
+    config.to_decoder(&mut there_and_back);
     assert!((there_and_back[0] - 1.5).abs() < 1e-6 && (there_and_back[1] + 2.0).abs() < 1e-6);
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::family::{Conditions, ModelRow, Pass};
+use super::start::{self, Kept, Start};
 use crate::noise::NoiseSource;
 use crate::sampler::{self, Sampler};
 use crate::{Checkpoint, Error, Latent, Result, RowId, RowRequest, RowStep};
@@ -31,10 +32,29 @@ struct Row {
     call: usize,
     /// (channels, height, width) on the host: a few thousand numbers.
     latent: Vec<f32>,
+    beside: Arc<[f32]>,
+    kept: Option<Kept>,
     conditions: Conditions,
 }
 
 impl Row {
+    /// What the denoiser sees: the latent as the sampler shows it, and what else there is.
+    fn seen(&self) -> Arc<[f32]> {
+        let mut sample = self.sampler.scale_model_input(self.call, &self.latent);
+        sample.extend_from_slice(&self.beside);
+        sample.into()
+    }
+
+    /// Goes on by what the denoiser said.
+    fn advance(&mut self, output: &[f32]) {
+        self.latent = self.sampler.step(self.call, &self.latent, output, &mut self.noise);
+        self.call += 1;
+        if let Some(kept) = &self.kept {
+            let next = (self.call < self.sampler.timesteps().len()).then_some(self.call);
+            self.latent = kept.put_back(&self.latent, self.sampler.as_ref(), next);
+        }
+    }
+
     fn is_finite(&self) -> bool {
         self.latent.iter().all(|value| value.is_finite())
     }
@@ -46,7 +66,8 @@ impl RunningBatch {
         Self { checkpoint, width, height, rows: Vec::new() }
     }
 
-    /// Adds a row: encodes its prompts and draws its first noise. It takes part from the next step on.
+    /// Adds a row: encodes its prompts and its init image, and draws its first noise. It takes part from the next
+    /// step on.
     ///
     /// # Errors
     /// [`Error::Request`] naming the field that this checkpoint or this batch cannot serve.
@@ -54,16 +75,14 @@ impl RunningBatch {
         self.check(id, request)?;
         let checkpoint = &self.checkpoint;
         let (config, flow) = (checkpoint.sampler_config(), checkpoint.flow(self.latent_shape()));
-        let sampler = sampler::build(config, request.sampler, request.schedule, request.steps, flow)?;
+        let mut sampler = sampler::build(config, request.sampler, request.schedule, request.steps, flow)?;
         if sampler.timesteps().is_empty() {
             return Err(Error::request("steps", "enough for one denoiser call", request.steps));
         }
         let conditions = checkpoint.condition(request)?;
         let mut noise = NoiseSource::new(request.seed);
-        let mut latent = noise.normal(self.latent_shape().iter().product());
-        let sigma = sampler.init_noise_sigma();
-        latent.iter_mut().for_each(|value| *value *= sigma);
-        self.rows.push(Row { id, sampler, noise, call: 0, latent, conditions });
+        let Start { latent, beside, kept } = start::start(checkpoint, request, sampler.as_mut(), &mut noise)?;
+        self.rows.push(Row { id, sampler, noise, call: 0, latent, beside, kept, conditions });
         Ok(())
     }
 
@@ -91,7 +110,7 @@ impl RunningBatch {
         if let Some(skipping) = &request.skip_layer_guidance {
             skipping.check(self.checkpoint.layers())?;
         }
-        Ok(())
+        request.init_image.as_ref().map_or(Ok(()), start::check)
     }
 
     /// Takes a row out between steps; false if it was not there.
@@ -136,8 +155,7 @@ impl RunningBatch {
         let mut steps = Vec::with_capacity(places.len());
         for (place, output) in places.into_iter().zip(outputs) {
             let row = &mut self.rows[place];
-            row.latent = row.sampler.step(row.call, &row.latent, &output, &mut row.noise);
-            row.call += 1;
+            row.advance(&output);
             let total = row.sampler.timesteps().len();
             // A latent that has just left the finite numbers is reported by the next step.
             let finished = row.call == total && row.is_finite();
@@ -169,7 +187,7 @@ impl RunningBatch {
     fn denoise(&self, places: &[usize]) -> Result<Vec<Vec<f32>>> {
         let mut model_rows = Vec::with_capacity(2 * places.len());
         for row in places.iter().map(|place| &self.rows[*place]) {
-            let sample: Arc<[f32]> = row.sampler.scale_model_input(row.call, &row.latent).into();
+            let sample = row.seen();
             let timestep = row.sampler.timesteps()[row.call];
             for Pass { conditioning, skipped } in row.conditions.passes(row.call) {
                 let (sample, conditioning) = (Arc::clone(&sample), conditioning.clone());

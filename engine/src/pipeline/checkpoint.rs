@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::family::{Conditions, Family, ModelRow, Parts};
 use super::{picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
+use crate::noise::NoiseSource;
 use crate::ops::{self, Place};
 use crate::sampler::{Flow, SamplerConfig};
 use crate::text::EmbeddingCache;
@@ -43,6 +44,7 @@ pub struct Checkpoint {
     vae: Vae,
     sampler: SamplerConfig,
     embeddings: EmbeddingCache,
+    vae_bytes: Option<usize>,
 }
 
 impl Checkpoint {
@@ -67,7 +69,21 @@ impl Checkpoint {
         let family = load(&Parts { folder, index, vae: &vae.config, place })?;
         let sampler = if family.overrules_sampler() { sampler } else { sampler.as_written() };
         let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
-        Ok(Self { device: device.clone(), family, vae, sampler, embeddings })
+        Ok(Self { device: device.clone(), family, vae, sampler, embeddings, vae_bytes: None })
+    }
+
+    /// The same checkpoint, whose VAE takes about so many bytes for its activations: larger maps are computed in
+    /// bands, which takes longer. On the processor that shows in no bit of a picture; elsewhere it may show in
+    /// the last one. `None`: half of the memory that is free (on the processor), or four gigabytes.
+    #[must_use]
+    pub fn with_vae_bytes(self, bytes: Option<usize>) -> Self {
+        let mut checkpoint = self;
+        checkpoint.vae_bytes = bytes;
+        checkpoint
+    }
+
+    fn vae_budget(&self) -> usize {
+        self.vae_bytes.unwrap_or_else(|| self.device.activation_bytes())
     }
 
     /// Width and height in pixels that the checkpoint was trained at.
@@ -98,24 +114,54 @@ impl Checkpoint {
     /// [`Error::NotFinite`] naming the row whose picture holds a value that is not finite.
     pub fn decode(&self, latents: &[Latent]) -> Result<Vec<RgbImage>> {
         let mut pictures = Vec::with_capacity(latents.len());
+        let (factor, budget) = (self.vae_factor(), self.vae_budget());
         for alike in latents.chunk_by(|a, b| (a.height, a.width) == (b.height, b.width)) {
-            let pixels = alike[0].height * alike[0].width * self.vae_factor().pow(2);
-            for group in alike.chunks((DECODED_PIXELS / pixels.max(1)).max(1)) {
-                pictures.extend(self.device.run(|| self.decode_rows(group))?);
+            let (height, width) = (alike[0].height * factor, alike[0].width * factor);
+            let fitting = budget / self.vae.picture_bytes(height, width).max(1);
+            for group in alike.chunks(fitting.min(DECODED_PIXELS / (height * width).max(1)).max(1)) {
+                pictures.extend(self.device.run(|| self.decode_rows(group, budget))?);
             }
         }
         Ok(pictures)
     }
 
-    fn decode_rows(&self, latents: &[Latent]) -> Result<Vec<RgbImage>> {
+    fn decode_rows(&self, latents: &[Latent], budget: usize) -> Result<Vec<RgbImage>> {
         let mut values: Vec<f32> = latents.iter().flat_map(|latent| latent.values.iter().copied()).collect();
-        self.vae.config.from_denoiser(&mut values);
+        self.vae.config.to_decoder(&mut values);
         let Latent { channels, height, width, .. } = latents[0];
-        let decoded = self.vae.decode(&values, [latents.len(), channels, height, width], usize::MAX)?;
+        let decoded = self.vae.decode(&values, [latents.len(), channels, height, width], budget)?;
         let (_, height, width, _) = decoded.dims4()?;
         let values = decoded.to_values()?;
         let rows = values.chunks_exact(height * width * 3).zip(latents);
         rows.map(|(values, latent)| picture::from_values(values, width, height, latent.row)).collect()
+    }
+
+    /// A latent of (height, width, 3) values from -1 to 1 of a picture of this width and height: drawn with the
+    /// next of the row's noise, or the likeliest one.
+    pub(super) fn encode(
+        &self,
+        picture: &[f32],
+        size: (usize, usize),
+        noise: Option<&mut NoiseSource>,
+    ) -> Result<Vec<f32>> {
+        let encode = || self.vae.encode(picture, (size.1, size.0), self.vae_budget());
+        let encoded = self.device.run(encode)?;
+        let mut latent = match noise {
+            Some(noise) => encoded.sample(noise),
+            None => encoded.mode(),
+        };
+        self.vae.config.to_denoiser(&mut latent);
+        Ok(latent)
+    }
+
+    /// Whether the denoiser is one for inpainting, which sees the mask.
+    pub fn inpaints(&self) -> bool {
+        self.family.inpaints()
+    }
+
+    /// Calls that a row with an init image leaves out.
+    pub(super) fn skipped_calls(&self, steps: usize, strength: f64) -> usize {
+        self.sampler.skipped_calls(steps, strength)
     }
 
     /// What a row listens to.

@@ -130,6 +130,11 @@ pub(super) trait Family: Send + Sync {
         0
     }
 
+    /// Whether the denoiser sees a mask and the latent of what it leaves after the latent's own channels.
+    fn inpaints(&self) -> bool {
+        false
+    }
+
     /// Latent values along a side that the denoiser takes as one.
     fn patch(&self) -> usize {
         1

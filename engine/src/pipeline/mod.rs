@@ -9,7 +9,10 @@ mod sd;
 mod sd3;
 mod sdxl;
 
+mod mask;
 mod picture;
+mod resize;
+mod start;
 
 use std::sync::Arc;
 
@@ -19,7 +22,11 @@ use crate::{Error, Result};
 
 pub use batch::RunningBatch;
 pub use checkpoint::Checkpoint;
-pub use row::{Latent, MicroConditioning, RowId, RowRequest, RowStep, SkipLayerGuidance};
+pub use mask::gray;
+pub use resize::resized;
+pub use row::{
+    InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, SkipLayerGuidance,
+};
 
 /// Renders one picture alone: a running batch of one row, then the decoder. `on_step` is called with
 /// the steps done and the steps in total after each denoiser call.

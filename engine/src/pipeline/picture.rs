@@ -1,4 +1,4 @@
-//! From a decoder's numbers to eight bits.
+//! From a decoder's numbers to eight bits, and from eight bits to an encoder's numbers.
 
 use image::RgbImage;
 
@@ -16,6 +16,11 @@ pub(super) fn from_values(values: &[f32], width: usize, height: usize, row: RowI
         .ok_or_else(|| Error::Device(candle_core::Error::Msg("a decoded picture has the wrong size".to_owned())))
 }
 
+/// Eight bits as values from -1 to 1.
+pub(super) fn to_values(bytes: &[u8]) -> Vec<f32> {
+    bytes.iter().map(|byte| 2.0 * (f32::from(*byte) / 255.0) - 1.0).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -26,6 +31,13 @@ mod tests {
         let between = |byte: f32| 2.0 * ((byte + 0.5) / 255.0) - 1.0;
         let picture = from_values(&[-7.0, 7.0, 0.0, -1.0, 1.0, between(1.0)], 2, 1, 0).unwrap();
         assert_eq!(picture.into_raw()[..5], [0, 255, 128, 0, 255]);
+    }
+
+    #[test]
+    fn bytes_become_values_and_back() {
+        let bytes: Vec<u8> = (0..=254).collect();
+        let picture = from_values(&to_values(&bytes), 85, 1, 0).unwrap();
+        assert_eq!(picture.into_raw(), bytes);
     }
 
     #[test]

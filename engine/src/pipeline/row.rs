@@ -1,5 +1,9 @@
 //! One job's place in a running batch, as the caller sees it.
 
+use std::sync::Arc;
+
+use image::{GrayImage, RgbImage};
+
 use crate::{Error, Result, SamplerKind, ScheduleKind};
 
 /// A row's name within its batch; the caller chooses it.
@@ -35,6 +39,51 @@ pub struct RowRequest {
     pub true_cfg_scale: Option<f64>,
     /// Stable Diffusion 3's guidance away from what a few of its layers leave out.
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
+    /// A picture to start from; `None`: from noise alone.
+    pub init_image: Option<InitImage>,
+}
+
+/// A picture that a row starts from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InitImage {
+    /// Resized to the row's size where it has another.
+    pub picture: Arc<RgbImage>,
+    /// How much of the way from noise the row goes, above 0 and at most 1: the share of the steps that it takes.
+    pub strength: f64,
+    /// What of the picture is painted anew; `None`: all.
+    pub mask: Option<Mask>,
+}
+
+/// What of an init image is painted anew.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mask {
+    /// White is painted anew, black stays; resized as the picture.
+    pub picture: Arc<GrayImage>,
+    /// The deviation in pixels of a Gaussian blur of the mask's edges. With 0 the mask is all or nothing, cut in
+    /// the middle between black and white. Inpainting checkpoints see a blurred mask cut in the middle, too.
+    pub blur: f64,
+    /// What the painted part starts from.
+    pub content: MaskedContent,
+}
+
+/// What the painted part of a picture starts from, before its noise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MaskedContent {
+    /// What the picture has there.
+    #[default]
+    Original,
+    /// Noise.
+    Noise,
+}
+
+impl MaskedContent {
+    /// The word used in JSON and flags.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Original => "original",
+            Self::Noise => "noise",
+        }
+    }
 }
 
 /// The sizes that a Stable Diffusion XL picture shall look as if it had, all (width, height) or (left, top)

@@ -28,8 +28,15 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
 /// A U-Net's latents must be the VAE's.
 pub(super) fn check_channels(parts: &Parts<'_>, unet: &UNet) -> Result<()> {
     let what = "the VAE's `latent_channels`";
-    parts.fit("unet", "in_channels", unet.config.in_channels, parts.vae.latent_channels, what)?;
+    if !inpaints(parts.vae.latent_channels, unet) {
+        parts.fit("unet", "in_channels", unet.config.in_channels, parts.vae.latent_channels, what)?;
+    }
     parts.fit("unet", "out_channels", unet.config.out_channels, parts.vae.latent_channels, what)
+}
+
+/// Whether a U-Net sees a mask and another latent beside its own.
+pub(super) fn inpaints(latent_channels: usize, unet: &UNet) -> bool {
+    unet.config.in_channels == 2 * latent_channels + 1
 }
 
 /// A U-Net's prompts must be as wide as the encoders make them.
@@ -55,9 +62,13 @@ impl Family for StableDiffusion {
         })
     }
 
-    fn denoise(&self, rows: &[ModelRow], [channels, height, width]: [usize; 3]) -> Result<Vec<f32>> {
-        let dims = [rows.len(), channels, height, width];
+    fn denoise(&self, rows: &[ModelRow], [_, height, width]: [usize; 3]) -> Result<Vec<f32>> {
+        let dims = [rows.len(), self.unet.config.in_channels, height, width];
         self.unet.forward(&samples(rows), dims, &timesteps(rows), &tokens(rows)?, None)
+    }
+
+    fn inpaints(&self) -> bool {
+        inpaints(self.unet.config.out_channels, &self.unet)
     }
 
     fn sample_size(&self) -> (usize, usize) {

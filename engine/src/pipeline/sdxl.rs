@@ -6,7 +6,7 @@
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts};
 use super::family::{numbers, pooled, samples, timesteps, tokens};
-use super::sd::{check_channels, check_context};
+use super::sd::{check_channels, check_context, inpaints};
 use crate::denoiser::{Added, UNet};
 use crate::guidance::is_guided;
 use crate::ops::{self, Place, Tensor};
@@ -105,10 +105,14 @@ impl Family for StableDiffusionXl {
         Ok(Conditions { positive, negative, guidance_scale: request.guidance_scale, skipping: None })
     }
 
-    fn denoise(&self, rows: &[ModelRow], [channels, height, width]: [usize; 3]) -> Result<Vec<f32>> {
-        let dims = [rows.len(), channels, height, width];
+    fn denoise(&self, rows: &[ModelRow], [_, height, width]: [usize; 3]) -> Result<Vec<f32>> {
+        let dims = [rows.len(), self.unet.config.in_channels, height, width];
         let added = Added { pooled: &pooled(rows)?, numbers: &numbers(rows) };
         self.unet.forward(&samples(rows), dims, &timesteps(rows), &tokens(rows)?, Some(added))
+    }
+
+    fn inpaints(&self) -> bool {
+        inpaints(self.unet.config.out_channels, &self.unet)
     }
 
     fn sample_size(&self) -> (usize, usize) {

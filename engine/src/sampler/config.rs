@@ -139,6 +139,17 @@ impl SamplerConfig {
         Ok((chosen, Options::new(values)))
     }
 
+    /// Of a schedule of so many steps, how many calls a row leaves out that starts from a picture with this
+    /// strength: diffusers' `get_timesteps`, which cuts the steps that are left to whole ones, or with flow matching
+    /// those that are left out.
+    pub fn skipped_calls(&self, steps: usize, strength: f64) -> usize {
+        let left = (steps as f64 * strength).min(steps as f64);
+        match self.kind {
+            Some(SamplerKind::FlowMatchEuler) => (steps as f64 - left) as usize,
+            _ => steps - left as usize,
+        }
+    }
+
     /// The samplers that fit what the checkpoint was trained for.
     fn possible(&self) -> Vec<&'static str> {
         let flow = self.kind == Some(SamplerKind::FlowMatchEuler);
@@ -275,6 +286,15 @@ mod tests {
             assert!(config.choose(Some(kind), Some(ScheduleKind::Normal)).is_ok());
             let error = config.choose(Some(kind), Some(ScheduleKind::Karras)).expect_err("no such schedule");
             assert_eq!(error.to_string(), format!("`schedule` must be normal for the sampler {kind}, but is karras"));
+        }
+    }
+
+    #[test]
+    fn strength_cuts_the_steps_as_in_diffusers() {
+        let skipped = |class: &str, strength| config(json!({"_class_name": class})).skipped_calls(10, strength);
+        for (strength, cut, flow) in [(1.0, 0, 0), (0.25, 8, 7), (0.6, 4, 4), (0.05, 10, 9)] {
+            assert_eq!(skipped("DDIMScheduler", strength), cut, "{strength}");
+            assert_eq!(skipped("FlowMatchEulerDiscreteScheduler", strength), flow, "{strength}");
         }
     }
 

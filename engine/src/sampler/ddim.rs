@@ -5,7 +5,7 @@ use super::options::{CONFIG_FILE, Options};
 use super::prediction::{Bounds, Prediction};
 use super::sigmas::Spacing;
 use super::training::Training;
-use super::{Sampler, on_training_timesteps};
+use super::{Sampler, mixed, on_training_timesteps};
 use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
@@ -55,6 +55,16 @@ impl Sampler for Ddim {
 
     fn init_noise_sigma(&self) -> f32 {
         1.0
+    }
+
+    fn skip_calls(&mut self, count: usize) {
+        self.timesteps.drain(..count);
+        self.remaining.drain(..count);
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        let (before, _) = self.remaining[call];
+        mixed(clean, noise, (before.sqrt(), (1.0 - before).sqrt()))
     }
 
     fn scale_model_input(&self, _call: usize, sample: &[f32]) -> Vec<f32> {

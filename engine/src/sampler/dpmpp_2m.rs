@@ -13,7 +13,7 @@ use super::options::{Options, refuse};
 use super::prediction::{Bounds, Prediction};
 use super::sigmas::{Spacing, interpolate, linspace, logarithms, spread, timestep_of, trailing};
 use super::training::Training;
-use super::{Sampler, config};
+use super::{Sampler, config, mixed};
 use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
@@ -34,6 +34,8 @@ struct Dpmpp2m {
 /// How a step extrapolates.
 struct Solver {
     order: usize,
+    /// Calls of the whole schedule, whether or not a row takes all of them.
+    steps: usize,
     heun: bool,
     stochastic: bool,
     lower_order_final: bool,
@@ -71,6 +73,7 @@ pub(super) fn build(options: &Options, steps: usize) -> Result<Box<dyn Sampler>>
     let (timesteps, sigmas) = schedule(options, steps)?;
     let solver = Solver {
         order,
+        steps: timesteps.len(),
         // diffusers reads other solvers' words as its own where it stands in for them.
         heun: options.choice(
             "solver_type",
@@ -177,9 +180,8 @@ impl Dpmpp2m {
 
     /// The order of a call: no more than there are guesses, and lower at the end of a short job.
     fn order(&self, call: usize) -> usize {
-        let calls = self.timesteps.len();
-        let short = self.solver.lower_order_final && calls < FEW_STEPS;
-        let left = calls - call;
+        let short = self.solver.lower_order_final && self.solver.steps < FEW_STEPS;
+        let left = self.timesteps.len() - call;
         let most = match left {
             1 if self.solver.euler_at_final || short || self.solver.ends_at_zero => 1,
             2 if short => 2,
@@ -246,6 +248,16 @@ impl Sampler for Dpmpp2m {
 
     fn init_noise_sigma(&self) -> f32 {
         1.0
+    }
+
+    fn skip_calls(&mut self, count: usize) {
+        self.timesteps.drain(..count);
+        self.levels.drain(..count);
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        let Level { alpha, sigma, .. } = self.levels[call];
+        mixed(clean, noise, (alpha, sigma))
     }
 
     fn scale_model_input(&self, _call: usize, sample: &[f32]) -> Vec<f32> {

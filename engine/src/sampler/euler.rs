@@ -29,6 +29,14 @@ impl Sampler for Euler {
         self.levels.init_noise_sigma
     }
 
+    fn skip_calls(&mut self, count: usize) {
+        self.levels.skip_calls(count);
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        self.levels.add_noise(call, clean, noise)
+    }
+
     fn scale_model_input(&self, call: usize, sample: &[f32]) -> Vec<f32> {
         self.levels.scale_model_input(call, sample)
     }
@@ -84,6 +92,15 @@ impl Levels {
             Spacing::Linspace | Spacing::Trailing => highest,
         };
         Ok(Self { sigmas, timesteps, init_noise_sigma })
+    }
+
+    pub(super) fn skip_calls(&mut self, count: usize) {
+        self.sigmas.drain(..count);
+        self.timesteps.drain(..count);
+    }
+
+    pub(super) fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        clean.iter().zip(noise).map(|(clean, noise)| clean + noise * self.sigmas[call]).collect()
     }
 
     /// The denoiser sees samples of about unit deviation.

@@ -31,6 +31,14 @@ impl Sampler for EulerAncestral {
         self.levels.init_noise_sigma
     }
 
+    fn skip_calls(&mut self, count: usize) {
+        self.levels.skip_calls(count);
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        self.levels.add_noise(call, clean, noise)
+    }
+
     fn scale_model_input(&self, call: usize, sample: &[f32]) -> Vec<f32> {
         self.levels.scale_model_input(call, sample)
     }

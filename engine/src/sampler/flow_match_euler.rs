@@ -5,7 +5,7 @@
 
 use super::options::{CONFIG_FILE, Options};
 use super::sigmas::{linspace, spread};
-use super::{Flow, Sampler, config};
+use super::{Flow, Sampler, config, mixed};
 use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
@@ -134,6 +134,16 @@ impl Sampler for FlowMatchEuler {
 
     fn init_noise_sigma(&self) -> f32 {
         1.0
+    }
+
+    fn skip_calls(&mut self, count: usize) {
+        self.sigmas.drain(..count);
+        self.timesteps.drain(..count);
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        let sigma = self.sigmas[call];
+        mixed(clean, noise, (1.0 - sigma, sigma))
     }
 
     fn scale_model_input(&self, _call: usize, sample: &[f32]) -> Vec<f32> {

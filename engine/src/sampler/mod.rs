@@ -46,6 +46,19 @@ pub trait Sampler: Send {
     /// The deviation of the noise that the row starts from.
     fn init_noise_sigma(&self) -> f32;
 
+    /// Leaves the first calls out, for a row that starts from a picture; calls go from 0 up again. Before any
+    /// [`Sampler::step`].
+    ///
+    /// # Panics
+    /// Where `count` is not below the number of timesteps.
+    fn skip_calls(&mut self, count: usize);
+
+    /// `clean` with as much of the standard normal `noise` as the sample has before the call.
+    ///
+    /// # Panics
+    /// As [`Sampler::step`].
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32>;
+
     /// What the denoiser sees of the sample.
     fn scale_model_input(&self, call: usize, sample: &[f32]) -> Vec<f32>;
 
@@ -94,6 +107,11 @@ pub fn build(
         SamplerKind::Pndm => pndm::build(&options, steps),
         SamplerKind::FlowMatchEuler => flow_match_euler::build(&options, steps, flow),
     }
+}
+
+/// The weighted sum of a clean sample and noise.
+fn mixed(clean: &[f32], noise: &[f32], (clean_share, noise_share): (f32, f32)) -> Vec<f32> {
+    clean.iter().zip(noise).map(|(clean, noise)| clean_share * clean + noise_share * noise).collect()
 }
 
 /// `steps` whole timesteps of the training schedule, falling, for samplers that look them up in it.

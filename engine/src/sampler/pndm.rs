@@ -8,7 +8,7 @@ use super::options::Options;
 use super::prediction::Prediction;
 use super::sigmas::Spacing;
 use super::training::Training;
-use super::{Sampler, on_training_timesteps};
+use super::{Sampler, mixed, on_training_timesteps};
 use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
@@ -17,7 +17,12 @@ const ORDER: usize = 4;
 const RUNGE_KUTTA_CALLS: usize = 12;
 
 struct Pndm {
+    /// The whole timesteps, rising.
+    rising: Vec<usize>,
+    table: Table,
     timesteps: Vec<f32>,
+    /// For each call the share of the picture at the timestep that it is told.
+    told: Vec<f32>,
     /// For each call the share of the picture at the timestep it starts from and at the one it goes to.
     remaining: Vec<(f32, f32)>,
     /// How many calls at the beginning are Runge-Kutta's: none or twelve.
@@ -40,7 +45,7 @@ pub(super) fn build(options: &Options, steps: usize) -> Result<Box<dyn Sampler>>
     let stride = training.timesteps() / steps;
     let skips = options.flag("skip_prk_steps", false)?;
     let calls = if skips {
-        plms_calls(&rising, stride)
+        plms_calls(&rising, stride, 0)
     } else if steps < ORDER {
         let limit = format!("at least {ORDER} for pndm, whose Runge-Kutta steps this checkpoint does not skip");
         return Err(Error::request("steps", limit, steps));
@@ -48,16 +53,35 @@ pub(super) fn build(options: &Options, steps: usize) -> Result<Box<dyn Sampler>>
         runge_kutta_calls(&rising, stride)
     };
     let last = if options.flag("set_alpha_to_one", false)? { 1.0 } else { training.remaining[0] };
-    let share = |timestep: i64| usize::try_from(timestep).map_or(last, |timestep| training.remaining[timestep]);
-    Ok(Box::new(Pndm {
-        timesteps: calls.iter().map(|call| call.timestep as f32).collect(),
-        remaining: calls.iter().map(|call| (share(call.from), share(call.to))).collect(),
+    let mut sampler = Pndm {
+        rising,
+        table: Table { remaining: training.remaining, last, stride },
+        timesteps: Vec::new(),
+        told: Vec::new(),
+        remaining: Vec::new(),
         runge_kutta_calls: if skips { 0 } else { RUNGE_KUTTA_CALLS },
         prediction,
         outputs: VecDeque::new(),
         start: Vec::new(),
         weighted: Vec::new(),
-    }))
+    };
+    sampler.plan(&calls);
+    Ok(Box::new(sampler))
+}
+
+/// How much of the picture is left at each training timestep.
+struct Table {
+    remaining: Vec<f32>,
+    /// Before the first one.
+    last: f32,
+    /// Training timesteps of a step.
+    stride: usize,
+}
+
+impl Table {
+    fn share(&self, timestep: i64) -> f32 {
+        usize::try_from(timestep).map_or(self.last, |timestep| self.remaining[timestep])
+    }
 }
 
 /// One denoiser call: what it is told, and the step it is used for. `to` may lie before the first timestep.
@@ -67,13 +91,15 @@ struct Call {
     to: i64,
 }
 
-/// Multistep from the beginning: the second timestep is visited twice, to correct the first step.
-fn plms_calls(rising: &[usize], stride: usize) -> Vec<Call> {
+/// Multistep from the beginning: the second timestep is visited twice, to correct the first step. Whichever call
+/// is the second after some were `skipped` counts as that correction, as in diffusers.
+fn plms_calls(rising: &[usize], stride: usize, skipped: usize) -> Vec<Call> {
     let stride = stride as i64;
     let mut falling: Vec<i64> = rising.iter().rev().map(|timestep| *timestep as i64).collect();
     if falling.len() > 1 {
         falling.insert(1, falling[1]);
     }
+    falling.drain(..skipped);
     let call = |(index, timestep): (usize, i64)| match index {
         1 => Call { timestep, from: timestep + stride, to: timestep },
         _ => Call { timestep, from: timestep, to: timestep - stride },
@@ -100,6 +126,13 @@ fn runge_kutta_calls(rising: &[usize], stride: usize) -> Vec<Call> {
 }
 
 impl Pndm {
+    fn plan(&mut self, calls: &[Call]) {
+        let share = |timestep| self.table.share(timestep);
+        self.timesteps = calls.iter().map(|call| call.timestep as f32).collect();
+        self.told = calls.iter().map(|call| share(call.timestep)).collect();
+        self.remaining = calls.iter().map(|call| (share(call.from), share(call.to))).collect();
+    }
+
     /// The output that a Runge-Kutta call steps with. The fourth call of a step weighs all of them.
     fn runge_kutta(&mut self, call: usize, sample: &[f32], output: &[f32]) -> Vec<f32> {
         let stage = call % ORDER;
@@ -149,6 +182,19 @@ impl Sampler for Pndm {
 
     fn init_noise_sigma(&self) -> f32 {
         1.0
+    }
+
+    fn skip_calls(&mut self, count: usize) {
+        if count > 0 {
+            // Runge-Kutta steps are for the beginning only, which such a row has not: multistep right away.
+            self.runge_kutta_calls = 0;
+            self.plan(&plms_calls(&self.rising, self.table.stride, count));
+        }
+    }
+
+    fn add_noise(&self, call: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+        let told = self.told[call];
+        mixed(clean, noise, (told.sqrt(), (1.0 - told).sqrt()))
     }
 
     fn scale_model_input(&self, _call: usize, sample: &[f32]) -> Vec<f32> {

@@ -67,7 +67,7 @@ impl VaeConfig {
     }
 
     /// What the denoiser works on → what the VAE decodes.
-    pub fn from_denoiser(&self, latent: &mut [f32]) {
+    pub fn to_decoder(&self, latent: &mut [f32]) {
         let (scale, shift) = (self.scaling_factor as f32, self.shift_factor as f32);
         latent.iter_mut().for_each(|value| *value = *value / scale + shift);
     }

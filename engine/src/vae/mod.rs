@@ -63,17 +63,12 @@ impl Vae {
         Ok(vae)
     }
 
-    /// Whether it can encode at all.
-    pub fn encodes(&self) -> bool {
-        self.encoder.is_some()
-    }
-
     /// Bytes that the activations of one picture of this size take as a whole.
     pub fn picture_bytes(&self, height: usize, width: usize) -> usize {
         self.memory(usize::MAX).of_picture(&self.config, height, width)
     }
 
-    /// `latents`, (rows, channels, height, width) values in `dims` as [`VaeConfig::from_denoiser`] gives them →
+    /// `latents`, (rows, channels, height, width) values in `dims` as [`VaeConfig::to_decoder`] gives them →
     /// pictures (rows, height × factor, width × factor, 3), about -1 to 1. Maps of which a row would take more
     /// than `budget` bytes are computed in bands.
     pub fn decode(&self, latents: &[f32], dims: [usize; 4], budget: usize) -> Result<Tensor> {

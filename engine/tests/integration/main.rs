@@ -2,6 +2,7 @@
 
 mod support;
 
+mod init_images;
 mod load_errors;
 mod mixed_batch;
 mod pictures;

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use engine::{MicroConditioning, RowRequest, SkipLayerGuidance, render};
-use image::RgbImage;
 use serde::Deserialize;
 
-use crate::support::{CHECKPOINTS, checkpoint, fixtures};
+use crate::support::{CHECKPOINTS, checkpoint, fixtures, largest_difference};
 
 /// One entry of `pictures.json` or of a family's list in `pictures/`.
 #[derive(Deserialize)]
@@ -77,11 +76,6 @@ fn goldens() -> Vec<Golden> {
     let lists = listed.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
     let read = |path| serde_json::from_str::<Vec<Golden>>(&std::fs::read_to_string(path).unwrap()).unwrap();
     lists.chain([fixtures().join("pictures.json")]).flat_map(read).collect()
-}
-
-fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
-    assert_eq!(got.dimensions(), expected.dimensions());
-    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest};
+use image::RgbImage;
 
 /// Every checkpoint that has goldens.
 pub const CHECKPOINTS: [&str; 11] = [
@@ -59,6 +60,12 @@ pub fn request(prompt: &str) -> RowRequest {
         seed: 1,
         ..RowRequest::default()
     }
+}
+
+/// How far apart two pictures are at any pixel.
+pub fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
+    assert_eq!(got.dimensions(), expected.dimensions());
+    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }
 
 /// Copies a checkpoint to a fresh folder, so that a test can break it.

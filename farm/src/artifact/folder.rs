@@ -157,6 +157,10 @@ impl ArtifactStore for FolderArtifacts {
         off_thread(move || this.list_blocking(&prefix)).await
     }
 
+    fn path_of(&self, _address: &str) -> Option<String> {
+        None
+    }
+
     async fn presign(&self, path: &str, _valid_for: Duration) -> Result<Option<String>> {
         check(path)?;
         Ok(None)

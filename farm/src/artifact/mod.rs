@@ -48,6 +48,14 @@ pub enum ArtifactKey {
         /// The attempt that rendered it.
         attempt: u32,
     },
+    /// A picture that a client sent: an init image or a mask. Its name is what it holds, so that it never changes
+    /// and counts once however often it is sent.
+    Upload {
+        /// The SHA-256 of its bytes, in hexadecimal.
+        sha256: String,
+        /// What it is.
+        format: UploadFormat,
+    },
     /// The JSON that describes an image.
     Sidecar {
         /// The submission.
@@ -66,6 +74,7 @@ impl ArtifactKey {
             Self::Image { submission_id, job_id, attempt } => {
                 format!("submissions/{submission_id}/images/{job_id}.{attempt}.png")
             }
+            Self::Upload { sha256, format } => format!("uploads/{sha256}.{}", format.extension()),
             Self::Sidecar { submission_id, job_id, attempt } => {
                 format!("submissions/{submission_id}/sidecars/{job_id}.{attempt}.json")
             }
@@ -76,7 +85,41 @@ impl ArtifactKey {
     pub fn content_type(&self) -> &'static str {
         match self {
             Self::Image { .. } => "image/png",
+            Self::Upload { format, .. } => format.content_type(),
             Self::Sidecar { .. } => "application/json",
+        }
+    }
+}
+
+/// The pictures that clients may send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum UploadFormat {
+    /// Portable Network Graphics.
+    Png,
+    /// JPEG.
+    Jpeg,
+    /// WebP.
+    Webp,
+}
+
+impl UploadFormat {
+    /// Every format.
+    pub const ALL: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
+
+    /// Its content type.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Png => "image/png",
+            Self::Jpeg => "image/jpeg",
+            Self::Webp => "image/webp",
+        }
+    }
+
+    fn extension(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpg",
+            Self::Webp => "webp",
         }
     }
 }
@@ -98,6 +141,9 @@ pub trait ArtifactStore: Send + Sync + 'static {
 
     /// Paths of all objects that start with `prefix`, in order. For tests, exports and operators.
     async fn list(&self, prefix: &str) -> Result<Vec<String>>;
+
+    /// The path of the object that an `s3://` address names, if it lies in this store.
+    fn path_of(&self, address: &str) -> Option<String>;
 
     /// A URL that anyone may read the object with for that long (a week at most), or `None` where the store cannot
     /// make one (a folder).
@@ -141,6 +187,17 @@ fn folder_of(url: &str) -> Result<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_uploads_path_is_what_it_holds() {
+        for (format, path) in UploadFormat::ALL.into_iter().zip(["uploads/ab.png", "uploads/ab.jpg", "uploads/ab.webp"])
+        {
+            let key = ArtifactKey::Upload { sha256: "ab".into(), format };
+            assert_eq!(key.path(), path);
+            assert!(path::check(&key.path()).is_ok());
+            assert_eq!(key.content_type(), format.content_type());
+        }
+    }
 
     #[test]
     fn a_folder_can_be_named_in_three_ways() {

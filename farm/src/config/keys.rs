@@ -116,6 +116,7 @@ fn every_key() -> Config {
             name: text(),
             device: text(),
             dtype: text(),
+            vae_bytes: Some(0),
             max_batch: worker.max_batch,
             window: worker.window,
             lease_seconds: worker.lease_seconds,

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::{FamilyOptions, Limits, RenderRequest, RenderSpec, Sampler, Schedule};
+use super::{FamilyOptions, Limits, RenderRequest, RenderSpec, Sampler, Schedule, init};
 use crate::catalog::{Catalog, ModelFacts};
 use crate::job::Lane;
 
@@ -62,6 +62,11 @@ impl RenderRequest {
             max_sequence_length,
             true_cfg_scale,
             skip_layer_guidance,
+            init_image,
+            mask_image,
+            strength,
+            mask_blur,
+            masked_content,
             lane,
             tags,
             metadata
@@ -84,6 +89,7 @@ impl RenderRequest {
         }
         let (model, facts) = catalog.find(self.model.as_deref())?;
         let options = FamilyOptions::read(&self, facts, limits)?;
+        let init_image = init::check(&self)?;
         let prompt = self.prompt.ok_or_else(|| refuse("prompt", "present", "missing"))?;
         let negative_prompt = self.negative_prompt.unwrap_or_default();
         check_text("prompt", &prompt, limits)?;
@@ -120,6 +126,7 @@ impl RenderRequest {
                 Some(seed) => u64::try_from(seed).map_err(|_| refuse("seed", "0 to 9223372036854775807", seed))?,
             },
             options,
+            init_image,
             lane,
             tags: check_tags(self.tags.unwrap_or_default(), limits)?,
             metadata: check_metadata(self.metadata.unwrap_or_default(), limits)?,
@@ -127,7 +134,7 @@ impl RenderRequest {
     }
 }
 
-fn one_of<const N: usize>(field: &str, words: [&str; N], value: &str) -> ValidationError {
+pub(super) fn one_of<const N: usize>(field: &str, words: [&str; N], value: &str) -> ValidationError {
     refuse(field, format!("one of {}", words.join(", ")), format!("`{value}`"))
 }
 

@@ -107,6 +107,7 @@ pub fn message(queue: &QueueKey, seed: u64) -> JobMessage {
         sampler: None,
         schedule: None,
         seed,
+        init_image: None,
         lane: queue.lane,
         tags: vec!["tag".into()],
         metadata: serde_json::Map::new(),

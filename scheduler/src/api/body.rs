@@ -92,8 +92,13 @@ impl Pieces {
     }
 }
 
-/// Reads a whole body of at most `limit` bytes.
-pub(super) async fn read_whole(headers: &HeaderMap, body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+/// Reads a whole body of at most `limit` bytes; a refusal ends with `advice`.
+pub(super) async fn read_whole(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    advice: &str,
+) -> Result<Vec<u8>, ApiError> {
     let mut pieces = Pieces::of(body);
     let announced = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
     let mut whole = Vec::new();
@@ -106,13 +111,12 @@ pub(super) async fn read_whole(headers: &HeaderMap, body: Body, limit: usize) ->
     }
     let Some(bytes) = excess else { return Ok(whole) };
     pieces.drain();
-    let refusal = refuse(
-        "body",
-        format!("at most {limit} bytes; JSON Lines have no such limit"),
-        format!("{bytes} bytes or more"),
-    );
+    let refusal = refuse("body", format!("at most {limit} bytes{advice}"), format!("{bytes} bytes or more"));
     Err(ApiError::refused(ProblemKind::TooLarge, refusal))
 }
+
+/// What to do about a JSON body that is too long.
+pub(super) const USE_LINES: &str = "; JSON Lines have no such limit";
 
 /// Reads a JSON object.
 pub(super) async fn parse<T: DeserializeOwned + Send + 'static>(text: Vec<u8>) -> Result<T, ApiError> {

@@ -5,6 +5,7 @@ use axum::body::Body;
 use axum::extract::Query;
 use axum::http::Uri;
 use axum::response::Response;
+use farm::artifact::ArtifactStore;
 use farm::catalog::Catalog;
 use farm::job::{Lane, NewSubmission};
 use farm::spec::{Limits, RenderRequest};
@@ -16,6 +17,7 @@ use super::body::Pieces;
 use super::error::ApiError;
 use super::idempotency::{Fingerprint, ScopedKey};
 use super::query::{parameter, read_query};
+use crate::images::Uploads;
 use crate::refusal::{read_json, refuse};
 use crate::submission::{LineSplitter, Spool, SpooledJobs, draw_seed};
 
@@ -91,6 +93,8 @@ pub(super) async fn submit(api: &Api, uri: &Uri, key: Option<ScopedKey>, body: B
         fingerprint: Fingerprint::new("POST /v1/submissions, JSON Lines").with_request(&parameters),
         defaults: parameters.defaults()?,
         spool: Spool::create(api.config.spool_dir.as_deref()).await?,
+        artifacts: api.artifacts.as_ref(),
+        uploads: Uploads::default(),
     };
     let mut pieces = Pieces::of(body);
     match intake.take_all(&mut pieces).await {
@@ -116,6 +120,9 @@ struct Intake<'a> {
     defaults: RenderRequest,
     fingerprint: Fingerprint,
     spool: Spool,
+    artifacts: &'a dyn ArtifactStore,
+    /// Pictures of the lines since the last piece of the body.
+    uploads: Uploads,
 }
 
 impl Intake<'_> {
@@ -125,8 +132,10 @@ impl Intake<'_> {
             let taken = lines.push(&piece, |number, line| self.take(number, line));
             taken.map_err(|error| error.at_line(lines.line()))?;
             self.spool.flush().await?;
+            self.uploads.store(self.artifacts).await?;
         }
-        lines.finish(|number, line| self.take(number, line))
+        lines.finish(|number, line| self.take(number, line))?;
+        Ok(self.uploads.store(self.artifacts).await?)
     }
 
     fn take(&mut self, number: u64, line: &[u8]) -> Result<(), ApiError> {
@@ -135,7 +144,9 @@ impl Intake<'_> {
                 let limit = format!("at most {} jobs", self.limits.submission_jobs);
                 return Err(refuse("body", limit, "more").into());
             }
-            Ok(request.or(&self.defaults).validate(self.catalog, self.limits, Lane::Bulk, draw_seed)?)
+            let mut request = request.or(&self.defaults);
+            self.uploads.take_in(&mut request, self.limits, self.artifacts)?;
+            Ok(request.validate(self.catalog, self.limits, Lane::Bulk, draw_seed)?)
         });
         let spec = checked.map_err(|error| error.at_line(number))?;
         self.fingerprint.add(line);

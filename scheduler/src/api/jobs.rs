@@ -18,6 +18,7 @@ use super::idempotency::{Fingerprint, ScopedKey};
 use super::openapi::Problems;
 use super::query::{Id, Parameters, page_limit, parameter};
 use super::{Api, SharedApi, body};
+use crate::images::Uploads;
 use crate::refusal::refuse;
 use crate::submission::draw_seed;
 
@@ -102,8 +103,8 @@ pub(super) async fn submit(
     body: Body,
 ) -> Result<Response, ApiError> {
     body::require_json(&headers)?;
-    let text = body::read_whole(&headers, body, api.limits.body_bytes).await?;
-    let request: RenderRequest = body::parse(text).await?;
+    let text = body::read_whole(&headers, body, api.limits.body_bytes, body::USE_LINES).await?;
+    let mut request: RenderRequest = body::parse(text).await?;
     let idempotency =
         ScopedKey::read(&headers, &caller)?.map(|key| key.of(Fingerprint::new("POST /v1/jobs").with_request(&request)));
     // Before the request is checked: what was accepted once stays accepted, whatever the catalog says today.
@@ -112,7 +113,10 @@ pub(super) async fn submit(
     {
         return answer_earlier(earlier);
     }
+    let mut uploads = Uploads::default();
+    uploads.take_in(&mut request, &api.limits, api.artifacts.as_ref())?;
     let spec = request.validate(&api.catalog, &api.limits, Lane::Interactive, draw_seed)?;
+    uploads.store(api.artifacts.as_ref()).await?;
     let submission = NewSubmission {
         id: SubmissionId::new(),
         idempotency,

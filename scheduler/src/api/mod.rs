@@ -3,7 +3,7 @@
 //! Reading order: `router` (every route, and what each passes through), `auth` (who may call),
 //! `observe` (log, metrics, panics, time limits), `error` (what goes wrong, as a problem document), `body`, `query` and
 //! `idempotency` (how requests are read); then a file per resource: `jobs`, `submissions`, `intake` (JSON
-//! Lines), `stream` (one job's news), `image`, `models`, `workers`, `health`, `scrape` (metrics), and `openapi`.
+//! Lines), `stream` (one job's news), `image`, `artifacts`, `models`, `workers`, `health`, `scrape` (metrics), and `openapi`.
 //!
 //! Handlers hold no state of their own: what a client was told is in the store.
 
@@ -17,6 +17,7 @@ mod error;
 mod idempotency;
 mod query;
 
+mod artifacts;
 mod health;
 mod image;
 mod intake;
@@ -39,6 +40,7 @@ use farm::store::SharedStore;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+pub use self::artifacts::ArtifactStored;
 pub(crate) use self::auth::Keys;
 pub use self::error::Problem;
 pub use self::health::{Part, Ready};

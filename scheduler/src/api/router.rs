@@ -7,7 +7,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ApiError, ProblemKind};
-use super::{SharedApi, auth, health, image, jobs, models, observe, openapi, scrape, stream, submissions, workers};
+use super::{
+    SharedApi, artifacts, auth, health, image, jobs, models, observe, openapi, scrape, stream, submissions, workers,
+};
 
 /// Routes that answer at once, open to everybody.
 fn open() -> OpenApiRouter<SharedApi> {
@@ -32,10 +34,11 @@ fn quick() -> OpenApiRouter<SharedApi> {
         .routes(routes!(scrape::metrics))
 }
 
-/// Routes that take as long as they take: they follow a job, or touch millions.
+/// Routes that take as long as they take: they follow a job, take a picture in, or touch millions.
 fn long() -> OpenApiRouter<SharedApi> {
     OpenApiRouter::new()
         .routes(routes!(stream::follow))
+        .routes(routes!(artifacts::store))
         .routes(routes!(submissions::submit))
         .routes(routes!(submissions::cancel))
         .routes(routes!(submissions::retry))

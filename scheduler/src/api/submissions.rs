@@ -19,6 +19,7 @@ use super::intake::{self, LinesParameters};
 use super::openapi::Problems;
 use super::query::{Id, Parameters, page_limit, parameter};
 use super::{Api, SharedApi, body};
+use crate::images::Uploads;
 use crate::refusal::refuse;
 use crate::submission::{Expansion, SubmissionRequest, draw_seed};
 
@@ -124,13 +125,13 @@ pub(super) async fn submit(
                 let limit = "absent for a JSON body, which says everything itself";
                 return Err(refuse("query", limit, format!("`{query}`")).into());
             }
-            let text = body::read_whole(&headers, body, api.limits.body_bytes).await?;
+            let text = body::read_whole(&headers, body, api.limits.body_bytes, body::USE_LINES).await?;
             submit_json(&api, body::parse(text).await?, key).await
         }
     }
 }
 
-async fn submit_json(api: &Api, request: SubmissionRequest, key: Option<ScopedKey>) -> Result<Response, ApiError> {
+async fn submit_json(api: &Api, mut request: SubmissionRequest, key: Option<ScopedKey>) -> Result<Response, ApiError> {
     let idempotency = key.map(|key| key.of(Fingerprint::new("POST /v1/submissions").with_request(&request)));
     if let Some(idempotency) = &idempotency
         && let Some(earlier) = api.store.find_idempotent(idempotency).await?
@@ -141,7 +142,10 @@ async fn submit_json(api: &Api, request: SubmissionRequest, key: Option<ScopedKe
         idempotency,
         ..api.new_submission(request.name.clone(), request.failure_limit, request.max_attempts)?
     };
+    let mut uploads = Uploads::default();
+    uploads.take_in_all(&mut request, &api.limits, api.artifacts.as_ref())?;
     let expansion = Expansion::new(request, api.limits.submission_jobs)?;
+    uploads.store(api.artifacts.as_ref()).await?;
     let jobs = (0..expansion.jobs()).map(|index| {
         let spec = expansion.job(index).validate(&api.catalog, &api.limits, Lane::Bulk, draw_seed);
         match spec {

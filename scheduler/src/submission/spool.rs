@@ -140,6 +140,7 @@ mod tests {
             sampler: None,
             schedule: None,
             seed,
+            init_image: None,
             lane: Lane::Bulk,
             tags: vec!["a".into()],
             metadata: serde_json::Map::new(),

@@ -3,6 +3,7 @@
 
 mod support;
 
+mod artifacts;
 mod auth;
 mod health;
 mod image;

@@ -44,6 +44,7 @@ async fn the_document_lists_every_route_and_every_listed_route_answers() {
         "GET /v1/submissions/{id}",
         "POST /v1/submissions/{id}/retry",
         "GET /v1/workers",
+        "POST /v1/artifacts",
     ];
     assert_eq!(listed, expected.map(str::to_owned).into());
     for route in listed {

@@ -57,6 +57,16 @@ impl Client {
         answer
     }
 
+    /// Stores a PNG; its key.
+    pub async fn upload(&self, png: Vec<u8>) -> String {
+        let request = self.http.post(format!("{}/v1/artifacts", self.base)).header("content-type", "image/png");
+        let response = request.body(png).send().await.expect("the scheduler answers");
+        let status = response.status();
+        let answer: Value = response.json().await.expect("a JSON answer");
+        assert!(status.is_success(), "POST /v1/artifacts: {status} {answer}");
+        answer["key"].as_str().expect("a key").to_owned()
+    }
+
     /// DELETE that must succeed.
     pub async fn delete(&self, path: &str) -> Value {
         let response = self.http.delete(format!("{}{path}", self.base)).send().await.expect("the scheduler answers");

@@ -10,4 +10,5 @@ mod hub;
 mod moving;
 mod outages;
 mod rendering;
+mod starting;
 mod stopping;

@@ -138,6 +138,10 @@ impl ArtifactStore for S3Artifacts {
         Ok(paths)
     }
 
+    fn path_of(&self, address: &str) -> Option<String> {
+        self.location.path_of(address)
+    }
+
     async fn presign(&self, path: &str, valid_for: Duration) -> Result<Option<String>> {
         let bucket = &self.location.bucket;
         let validity = PresigningConfig::expires_in(valid_for.clamp(Duration::from_secs(1), PRESIGN_MAX))

@@ -9,7 +9,7 @@ use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use aws_smithy_http_client::tls::Provider;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 
-use super::super::path::check_prefix;
+use super::super::path::{check, check_prefix};
 use super::super::{ArtifactError, Result};
 use crate::config::{ArtifactsConfig, Environment};
 
@@ -48,6 +48,13 @@ impl Location {
             prefix.push('/');
         }
         Ok(Self { bucket: bucket.to_owned(), prefix })
+    }
+
+    /// The path below this place that `s3://BUCKET/KEY` names.
+    pub(super) fn path_of(&self, address: &str) -> Option<String> {
+        let (bucket, key) = address.strip_prefix("s3://")?.split_once('/')?;
+        let path = key.strip_prefix(&self.prefix).filter(|_| bucket == self.bucket)?;
+        check(path).ok().map(str::to_owned)
     }
 }
 
@@ -114,6 +121,22 @@ mod tests {
         assert_eq!(location("s3://renders/"), of("renders", ""));
         assert_eq!(location("s3://renders/farm/one"), of("renders", "farm/one/"));
         assert_eq!(location("s3://renders/farm/one/"), of("renders", "farm/one/"));
+    }
+
+    #[test]
+    fn an_address_in_the_bucket_is_a_path_and_no_other_is() {
+        let location = Location::parse("s3://renders/farm").unwrap();
+        assert_eq!(location.path_of("s3://renders/farm/uploads/a.png").as_deref(), Some("uploads/a.png"));
+        for other in [
+            "s3://renders/uploads/a.png",
+            "s3://others/farm/uploads/a.png",
+            "s3://renders/farm/../a.png",
+            "s3://renders/farm/",
+            "s3://renders",
+            "https://renders/farm/a.png",
+        ] {
+            assert_eq!(location.path_of(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::*;
-use crate::spec::MicroConditioning;
+use crate::spec::{InitImage, Mask, MaskedContent, MicroConditioning};
 
 fn catalog() -> Catalog {
     let small =
@@ -106,6 +106,68 @@ fn what_is_asked_for_is_what_one_gets() {
     assert_eq!((spec.sampler, spec.schedule), (Some(Sampler::Dpmpp2m), Some(Schedule::Karras)));
     assert_eq!((spec.seed, spec.lane, spec.guidance_scale), (i64::MAX as u64, Lane::Interactive, 0.0));
     assert_eq!((spec.tags, spec.metadata["sku"].clone()), (vec!["a".to_owned()], json!(1)));
+}
+
+#[test]
+fn an_init_image_brings_its_strength_and_a_mask_its_edges() {
+    let spec = validate(json!({"init_image": "uploads/ab12.png"})).unwrap();
+    let expected = InitImage { key: "uploads/ab12.png".into(), strength: 0.8, mask: None };
+    assert_eq!(spec.init_image, Some(expected));
+    let mask = |more: Value| {
+        let mut json = json!({"init_image": "submissions/a/images/b.1.png", "mask_image": "uploads/m.webp"});
+        json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        validate(json).unwrap().init_image.unwrap()
+    };
+    let init = mask(json!({}));
+    let plain = Mask { key: "uploads/m.webp".into(), blur: 0.0, content: MaskedContent::Original };
+    assert_eq!((init.strength, init.mask), (1.0, Some(plain.clone())));
+    let init = mask(json!({"strength": 0.5, "mask_blur": 4, "masked_content": "noise"}));
+    assert_eq!((init.strength, init.mask), (0.5, Some(Mask { blur: 4.0, content: MaskedContent::Noise, ..plain })));
+    assert_eq!(validate(json!({})).unwrap().init_image, None);
+}
+
+#[test]
+fn what_belongs_to_an_init_image_is_refused_without_one_and_out_of_its_limits() {
+    let table = [
+        (json!({"strength": 0.5}), "`strength` must be absent without `init_image`, but is present"),
+        (json!({"mask_image": "uploads/m.png"}), "`mask_image` must be absent without `init_image`, but is present"),
+        (json!({"mask_blur": 1}), "`mask_blur` must be absent without `mask_image`, but is present"),
+        (
+            json!({"init_image": "uploads/a.png", "masked_content": "noise"}),
+            "`masked_content` must be absent without `mask_image`, but is present",
+        ),
+        (json!({"init_image": "uploads/a.png", "strength": 0}), "`strength` must be above 0 and at most 1, but is 0"),
+        (
+            json!({"init_image": "uploads/a.png", "strength": 1.1}),
+            "`strength` must be above 0 and at most 1, but is 1.1",
+        ),
+        (
+            json!({"init_image": "uploads/a.png", "mask_image": "uploads/m.png", "mask_blur": 300}),
+            "`mask_blur` must be 0 to 256, but is 300",
+        ),
+        (
+            json!({"init_image": "uploads/a.png", "mask_image": "uploads/m.png", "masked_content": "fill"}),
+            "`masked_content` must be one of original, noise, but is `fill`",
+        ),
+    ];
+    for (json, message) in table {
+        assert_eq!(refusal(json), message);
+    }
+    for key in [
+        "",
+        "a.exe",
+        "../a.png",
+        "/etc/a.png",
+        "a/../b.png",
+        "a//b.png",
+        ".hidden.png",
+        "data:image/png;base64,AA",
+        "s3://b/a.png",
+        "a b.png",
+    ] {
+        let text = refusal(json!({"init_image": key}));
+        assert!(text.starts_with("`init_image` must be the key of a picture in the farm's artifact store"), "{text}");
+    }
 }
 
 #[test]

@@ -113,6 +113,7 @@ pub fn spec(model: &str, lane: Lane) -> RenderSpec {
         sampler: None,
         schedule: None,
         seed: 42,
+        init_image: None,
         lane,
         tags: Vec::new(),
         metadata: serde_json::Map::new(),

@@ -233,6 +233,10 @@ impl ArtifactStore for FaultyArtifacts {
         self.inner.list(prefix).await
     }
 
+    fn path_of(&self, address: &str) -> Option<String> {
+        self.inner.path_of(address)
+    }
+
     async fn presign(&self, path: &str, valid_for: Duration) -> artifact::Result<Option<String>> {
         let url = || format!("http://objects.test/{path}?valid_for={}", valid_for.as_secs());
         Ok(self.presigns.load(Ordering::SeqCst).then(url))

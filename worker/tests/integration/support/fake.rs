@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use engine::InitImage;
 use farm::spec::RenderSpec;
 use image::{Rgb, RgbImage};
 use worker::{RenderError, Renderer, RowBatch, Stepped};
@@ -120,11 +121,18 @@ pub fn picture(spec: &RenderSpec) -> RgbImage {
 impl RowBatch for FakeBatch {
     type Latent = RenderSpec;
 
-    fn join(&mut self, row: u64, spec: &RenderSpec) -> Result<(), RenderError> {
+    fn join(&mut self, row: u64, spec: &RenderSpec, init: Option<&InitImage>) -> Result<(), RenderError> {
         if spec.prompt.contains("refused") {
             return Err(RenderError::Invalid("`prompt` must be acceptable, but is `refused`".into()));
         }
-        self.rows.push((row, spec.clone(), 0));
+        let mut spec = spec.clone();
+        if let Some(init) = init {
+            assert_eq!(init.picture.dimensions(), (spec.width, spec.height), "the picture of {}", spec.prompt);
+            // Painted in the colour that it starts from.
+            let [red, green, blue] = init.picture.get_pixel(0, 0).0.map(u64::from);
+            spec.seed = red | green << 8 | blue << 16;
+        }
+        self.rows.push((row, spec, 0));
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use farm::config::WorkerConfig;
 use farm::id::{JobId, SubmissionId};
 use farm::job::{Counters, JobState, JobView, Lane, NewJob, NewSubmission};
 use farm::message::QueueKey;
-use farm::spec::RenderSpec;
+use farm::spec::{Limits, RenderSpec};
 use farm::store::{SharedStore, StoreSettings};
 use futures_util::stream;
 use tempfile::TempDir;
@@ -83,6 +83,7 @@ impl TestFarm {
             artifacts: Arc::new(FaultyArtifacts { inner: artifacts, faults: Arc::clone(&faults) }),
             catalog: Arc::new(Catalog::new(BTreeMap::from(models), "a").unwrap()),
             config: config.clone(),
+            limits: Limits::default(),
             clock: Arc::new(clock.clone()),
         };
         Self { store, faults, clock, config, folder, worker }
@@ -101,6 +102,7 @@ impl TestFarm {
             sampler: None,
             schedule: None,
             seed: prompt.len() as u64,
+            init_image: None,
             lane: Lane::Bulk,
             tags: vec![],
             metadata: serde_json::Map::new(),

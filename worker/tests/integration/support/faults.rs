@@ -12,6 +12,8 @@ pub struct Faults {
     /// The next `finish` commits, and its answer gets lost.
     pub lose_next_answer: AtomicBool,
     pub disk_full: AtomicBool,
+    /// Objects cannot be read.
+    pub reads_fail: AtomicBool,
     pub disk: Gate,
     pub broker_down: watch::Sender<bool>,
     log: Mutex<Vec<String>>,
@@ -23,6 +25,7 @@ impl Default for Faults {
             store_down: AtomicBool::default(),
             lose_next_answer: AtomicBool::default(),
             disk_full: AtomicBool::default(),
+            reads_fail: AtomicBool::default(),
             disk: Gate::default(),
             broker_down: watch::Sender::new(false),
             log: Mutex::default(),

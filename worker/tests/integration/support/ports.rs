@@ -118,6 +118,10 @@ impl ArtifactStore for FaultyArtifacts {
     }
 
     async fn get(&self, path: &str) -> artifact::Result<Bytes> {
+        self.faults.note(format!("get {path}"));
+        if self.faults.reads_fail.load(SeqCst) {
+            return Err(ArtifactError::Unavailable("switched off by the test".into()));
+        }
         self.inner.get(path).await
     }
 
@@ -128,6 +132,10 @@ impl ArtifactStore for FaultyArtifacts {
 
     async fn list(&self, prefix: &str) -> artifact::Result<Vec<String>> {
         self.inner.list(prefix).await
+    }
+
+    fn path_of(&self, address: &str) -> Option<String> {
+        self.inner.path_of(address)
     }
 
     async fn presign(&self, path: &str, valid_for: Duration) -> artifact::Result<Option<String>> {

@@ -1,0 +1,212 @@
+//! Pictures that start from pictures: against diffusers, in mixed batches, and refused where they cannot be.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest, RunningBatch};
+use engine::{gray, render};
+use image::RgbImage;
+use serde::Deserialize;
+
+use crate::support::{checkpoint, fixtures, folder, largest_difference, request};
+
+/// One entry of `init_pictures.json`.
+#[derive(Deserialize)]
+struct Golden {
+    checkpoint: String,
+    file: String,
+    init_image: String,
+    mask_image: Option<String>,
+    strength: f64,
+    prompt: String,
+    negative_prompt: String,
+    width: usize,
+    height: usize,
+    steps: usize,
+    guidance_scale: f64,
+    sampler: Option<String>,
+    schedule: Option<String>,
+    seed: u64,
+}
+
+fn picture(name: &str) -> Arc<RgbImage> {
+    Arc::new(image::open(fixtures().join("init").join(name)).unwrap().into_rgb8())
+}
+
+fn mask(name: &str) -> Mask {
+    Mask { picture: Arc::new(gray(&picture(name))), blur: 0.0, content: MaskedContent::Original }
+}
+
+fn init(name: &str, strength: f64, mask: Option<Mask>) -> Option<InitImage> {
+    Some(InitImage { picture: picture(name), strength, mask })
+}
+
+impl Golden {
+    fn request(&self) -> RowRequest {
+        RowRequest {
+            prompt: self.prompt.clone(),
+            negative_prompt: self.negative_prompt.clone(),
+            width: self.width,
+            height: self.height,
+            steps: self.steps,
+            guidance_scale: self.guidance_scale,
+            sampler: self.sampler.as_deref().map(|word| word.parse().unwrap()),
+            schedule: self.schedule.as_deref().map(|word| word.parse().unwrap()),
+            seed: self.seed,
+            init_image: init(&self.init_image, self.strength, self.mask_image.as_deref().map(mask)),
+            ..RowRequest::default()
+        }
+    }
+}
+
+fn goldens() -> Vec<Golden> {
+    serde_json::from_str(&std::fs::read_to_string(fixtures().join("init_pictures.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn every_picture_is_at_most_one_level_off_diffusers() {
+    let goldens = goldens();
+    let mut off = Vec::new();
+    for golden in &goldens {
+        let expected = image::open(fixtures().join("pictures").join(&golden.file)).unwrap().into_rgb8();
+        let got = render(&checkpoint(&golden.checkpoint), &golden.request(), |_, _| {}).unwrap();
+        let difference = largest_difference(&got, &expected);
+        if difference > 1 {
+            off.push(format!("{} ({}) by {difference}", golden.file, golden.checkpoint));
+        }
+    }
+    assert!(off.is_empty(), "more than one level off: {off:?}");
+    assert!(goldens.len() >= 20);
+}
+
+/// Rows with and without init image and mask, of one size.
+fn rows() -> Vec<RowRequest> {
+    let soft = Mask { blur: 4.0, content: MaskedContent::Noise, ..mask("mask.png") };
+    let of = |seed, steps, init_image| RowRequest { seed, steps, init_image, ..request("a red star") };
+    vec![
+        of(1, 4, None),
+        of(2, 6, init("scene.png", 0.5, None)),
+        of(3, 5, init("scene.png", 0.8, Some(mask("mask.png")))),
+        of(4, 3, init("wide.png", 1.0, Some(mask("wide_mask.png")))),
+        of(5, 5, init("scene.png", 0.6, Some(soft))),
+        RowRequest { guidance_scale: 1.0, ..of(6, 7, init("wide.png", 0.3, None)) },
+    ]
+}
+
+fn rows_in_company_are_the_rows_alone(name: &str) {
+    let (checkpoint, requests) = (checkpoint(name), rows());
+    let mut batch = RunningBatch::new(Arc::clone(&checkpoint), 64, 64);
+    let mut finished = BTreeMap::new();
+    let mut step = |batch: &mut RunningBatch| {
+        for step in batch.step(&batch.rows()).unwrap() {
+            finished.extend(step.latent.map(|latent| (step.id, latent)));
+        }
+    };
+    for (id, request) in (0..).zip(&requests) {
+        batch.join(id, request).unwrap();
+        if id % 2 == 1 {
+            step(&mut batch);
+        }
+    }
+    while !batch.is_empty() {
+        step(&mut batch);
+    }
+    let latents: Vec<_> = finished.into_values().collect();
+    let pictures = checkpoint.decode(&latents).unwrap();
+    assert_eq!(pictures.len(), requests.len());
+    for ((id, request), picture) in (0..).zip(&requests).zip(&pictures) {
+        let mut steps = 0;
+        assert!(picture == &render(&checkpoint, request, |_, _| steps += 1).unwrap(), "{name}: row {id}");
+        let strength = request.init_image.as_ref().map_or(1.0, |init| init.strength);
+        let least = (request.steps as f64 * strength) as usize;
+        assert!((least..=least + 1).contains(&steps), "{name}: {steps} calls for row {id}");
+    }
+}
+
+#[test]
+fn rows_with_and_without_init_images_share_a_pass_and_are_the_rows_alone() {
+    for name in ["sd1", "one_layer", "bf16", "inpaint"] {
+        rows_in_company_are_the_rows_alone(name);
+    }
+}
+
+#[test]
+fn a_plain_checkpoint_keeps_what_the_mask_leaves_and_paints_the_rest() {
+    let checkpoint = checkpoint("demo");
+    let of = |blur, content| {
+        let mask = Mask { blur, content, ..mask("mask.png") };
+        RowRequest { width: 128, height: 128, init_image: init("scene.png", 0.8, Some(mask)), ..request("a red star") }
+    };
+    let sharp = render(&checkpoint, &of(0.0, MaskedContent::Original), |_, _| {}).unwrap();
+    // What the VAE alone makes of the picture's corner.
+    let kept = RowRequest {
+        init_image: init(
+            "scene.png",
+            0.8,
+            Some(Mask { picture: Arc::new(image::GrayImage::new(64, 64)), ..mask("mask.png") }),
+        ),
+        ..of(0.0, MaskedContent::Original)
+    };
+    let kept = render(&checkpoint, &kept, |_, _| {}).unwrap();
+    let apart = |a: &RgbImage, b: &RgbImage, x, y| {
+        let (a, b) = (a.get_pixel(x, y).0, b.get_pixel(x, y).0);
+        (0..3).map(|channel| a[channel].abs_diff(b[channel])).max().unwrap()
+    };
+    assert!(apart(&sharp, &kept, 2, 2) <= 16, "the corner has changed by {}", apart(&sharp, &kept, 2, 2));
+    assert!(largest_difference(&sharp, &kept) > 60, "nothing was painted");
+    for other in [of(6.0, MaskedContent::Original), of(0.0, MaskedContent::Noise)] {
+        assert!(render(&checkpoint, &other, |_, _| {}).unwrap() != sharp, "{:?}", other.init_image);
+    }
+}
+
+#[test]
+fn an_inpainting_denoiser_sees_its_mask() {
+    let checkpoint = checkpoint("inpaint");
+    let of = |mask| RowRequest { init_image: init("scene.png", 1.0, mask), ..request("a red star") };
+    let pictures: Vec<RgbImage> = [Some(mask("mask.png")), Some(mask("wide_mask.png")), None]
+        .into_iter()
+        .map(|mask| render(&checkpoint, &of(mask), |_, _| {}).unwrap())
+        .collect();
+    assert!(checkpoint.inpaints());
+    assert!(largest_difference(&pictures[0], &pictures[1]) > 2);
+    assert!(largest_difference(&pictures[0], &pictures[2]) > 2);
+}
+
+#[test]
+fn memory_for_the_vae_shows_in_no_bit_of_a_picture() {
+    let device = Device::open(DeviceChoice::Cpu).unwrap();
+    let load = |bytes| {
+        let checkpoint = Checkpoint::load(&folder("demo"), &device, Precision::F32).unwrap();
+        Arc::new(checkpoint.with_vae_bytes(bytes))
+    };
+    let request = RowRequest { width: 256, height: 192, init_image: init("scene.png", 0.5, None), ..request("a ring") };
+    let whole = render(&load(Some(1 << 30)), &request, |_, _| {}).unwrap();
+    assert!(whole == render(&load(Some(1 << 20)), &request, |_, _| {}).unwrap());
+    assert!(whole == render(&load(None), &request, |_, _| {}).unwrap());
+}
+
+#[test]
+fn init_images_that_cannot_be_are_refused_by_name() {
+    let refusal = |init: InitImage| {
+        let mut batch = RunningBatch::new(checkpoint("sd1"), 64, 64);
+        batch.join(1, &RowRequest { init_image: Some(init), ..request("a star") }).unwrap_err().to_string()
+    };
+    let whole = || init("scene.png", 0.5, None).unwrap();
+    for strength in [0.0, -1.0, 1.5, f64::NAN] {
+        let text = refusal(InitImage { strength, ..whole() });
+        assert!(text.starts_with("`strength` must be above 0 and at most 1, but is"), "{text}");
+    }
+    assert_eq!(
+        refusal(InitImage { strength: 0.2, ..whole() }),
+        "`strength` must be so much that of 4 steps at least one is left, but is 0.2"
+    );
+    let masked = |mask| refusal(InitImage { mask: Some(mask), ..whole() });
+    for blur in [-1.0, 257.0, f64::NAN] {
+        let text = masked(Mask { blur, ..mask("mask.png") });
+        assert!(text.starts_with("`mask_blur` must be 0 to 256 pixels, but is"), "{text}");
+    }
+    let nothing = || Arc::new(RgbImage::new(0, 3));
+    assert!(refusal(InitImage { picture: nothing(), ..whole() }).starts_with("`init_image` must be"));
+    let text = masked(Mask { picture: Arc::new(gray(&nothing())), ..mask("mask.png") });
+    assert!(text.starts_with("`mask_image` must be"), "{text}");
+}
