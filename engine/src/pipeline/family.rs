@@ -184,6 +184,16 @@ pub(super) fn call_alike(
     Ok(outputs)
 }
 
+/// Tokens that a request's prompts become for T5; `usual` where it does not say.
+pub(super) fn t5_tokens(request: &RowRequest, usual: usize) -> Result<usize> {
+    /// More were never trained on.
+    const MOST: usize = 512;
+    match request.max_sequence_length.unwrap_or(usual) {
+        tokens if (1..=MOST).contains(&tokens) => Ok(tokens),
+        tokens => Err(Error::request("max_sequence_length", format!("1 to {MOST}"), tokens)),
+    }
+}
+
 /// All rows' samples, row after row.
 pub(super) fn samples(rows: &[ModelRow]) -> Vec<f32> {
     rows.iter().flat_map(|row| row.sample.iter().copied()).collect()

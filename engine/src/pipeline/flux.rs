@@ -5,12 +5,12 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/flux/pipeline_flux.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts};
-use super::family::{call_alike, numbers, pooled, samples, timesteps, tokens};
+use super::family::{call_alike, numbers, pooled, samples, t5_tokens, timesteps, tokens};
 use crate::denoiser::{FLUX_PATCH, FluxInputs, FluxTransformer};
 use crate::guidance::is_guided;
 use crate::sampler::Flow;
 use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text};
-use crate::{Error, Result, RowRequest};
+use crate::{Result, RowRequest};
 
 /// Tokens that T5 makes of a prompt: those that `dev` and `schnell` were trained with.
 const DEV_TOKENS: usize = 512;
@@ -22,6 +22,8 @@ const SAMPLE_SIZE: usize = 128;
 struct Flux {
     text: ClipText,
     text_2: T5Text,
+    /// Tokens that prompts become for T5, unless a request says otherwise.
+    tokens: usize,
     transformer: FluxTransformer,
 }
 
@@ -32,8 +34,8 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let text = ClipText::load(source, "text_encoder", "tokenizer", output, place)?;
     let transformer = FluxTransformer::load(source.part("transformer"), place)?;
     let config = &transformer.config;
-    let words = if config.guidance_embeds { DEV_TOKENS } else { SCHNELL_TOKENS };
-    let text_2 = T5Text::load(source, "text_encoder_2", "tokenizer_2", words, place)?;
+    let tokens = if config.guidance_embeds { DEV_TOKENS } else { SCHNELL_TOKENS };
+    let text_2 = T5Text::load(source, "text_encoder_2", "tokenizer_2", place)?;
 
     let fit =
         |field: &str, value: usize, expected: usize, what: &str| parts.fit("transformer", field, value, expected, what);
@@ -41,17 +43,13 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     fit("in_channels", config.in_channels, patch, "the VAE's `latent_channels` times 4")?;
     fit("joint_attention_dim", config.joint_width, text_2.width(), "the `d_model` of `text_encoder_2`")?;
     fit("pooled_projection_dim", config.pooled_width, text.width(), "the `hidden_size` of `text_encoder`")?;
-    Ok(Box::new(Flux { text, text_2, transformer }))
+    Ok(Box::new(Flux { text, text_2, tokens, transformer }))
 }
 
 impl Flux {
     fn embed(&self, prompt: &str, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditioning> {
-        let words = request.max_sequence_length.unwrap_or(self.text_2.tokens());
-        if !(1..=DEV_TOKENS).contains(&words) {
-            return Err(Error::request("max_sequence_length", format!("1 to {DEV_TOKENS}"), words));
-        }
         let pooled = self.text.embed(prompt, cache)?.pooled;
-        let tokens = self.text_2.embed_as(prompt, words, cache)?.states;
+        let tokens = self.text_2.embed(prompt, t5_tokens(request, self.tokens)?, cache)?.states;
         Ok(Conditioning { tokens, pooled, numbers: [request.guidance_scale as f32].into() })
     }
 

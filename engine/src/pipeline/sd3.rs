@@ -5,15 +5,15 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, Skipping};
-use super::family::{call_alike, pooled, samples, timesteps, tokens};
+use super::family::{call_alike, pooled, samples, t5_tokens, timesteps, tokens};
 use crate::denoiser::{Mmdit, Prompts};
 use crate::guidance::is_guided;
-use crate::ops::{self, Tensor};
+use crate::ops::{self, Place, Tensor};
 use crate::sampler::Flow;
 use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text};
 use crate::{Error, Result, RowRequest};
 
-/// Tokens that T5 makes of a prompt.
+/// Tokens that T5 makes of a prompt unless a request says otherwise.
 const T5_TOKENS: usize = 256;
 
 struct StableDiffusion3 {
@@ -21,6 +21,7 @@ struct StableDiffusion3 {
     text_2: ClipText,
     text_3: LongText,
     transformer: Mmdit,
+    place: Place,
     /// (1, CLIP's tokens, what CLIP's states lack of T5's width), where they lack any
     padding: Option<Tensor>,
     /// Pixels along a side of the largest picture.
@@ -29,9 +30,9 @@ struct StableDiffusion3 {
 
 /// The encoder that can be done without.
 enum LongText {
-    T5(T5Text),
-    /// Zeros in place of its states.
-    Absent(Tensor),
+    T5(Box<T5Text>),
+    /// Zeros in place of its states, of this width.
+    Absent(usize),
 }
 
 /// Loads `text_encoder` with `tokenizer`, their second and, where there is such, third siblings, and `transformer`.
@@ -43,11 +44,10 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let has_t5 = index.get("text_encoder_3").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
     let transformer = Mmdit::load(source.part("transformer"), place)?;
     let config = &transformer.config;
-    let zeros = |tokens: usize, width: usize| Tensor::new(&vec![0.0; tokens * width], &[1, tokens, width], place);
     let text_3 = if has_t5 {
-        LongText::T5(T5Text::load(source, "text_encoder_3", "tokenizer_3", T5_TOKENS, place)?)
+        LongText::T5(Box::new(T5Text::load(source, "text_encoder_3", "tokenizer_3", place)?))
     } else {
-        LongText::Absent(zeros(T5_TOKENS, config.context)?)
+        LongText::Absent(config.context)
     };
 
     let fit =
@@ -67,21 +67,26 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
         );
         return Err(Error::checkpoint(source.path("transformer").join("config.json"), problem));
     }
-    let padding = if width < config.context { Some(zeros(positions, config.context - width)?) } else { None };
+    let padding = if width < config.context { Some(zeros(positions, config.context - width, place)?) } else { None };
     let most_pixels = config.most_tokens * config.patch * vae.factor();
-    Ok(Box::new(StableDiffusion3 { text, text_2, text_3, transformer, padding, most_pixels }))
+    let place = place.clone();
+    Ok(Box::new(StableDiffusion3 { text, text_2, text_3, transformer, place, padding, most_pixels }))
+}
+
+fn zeros(tokens: usize, width: usize, place: &Place) -> Result<Tensor> {
+    Tensor::new(&vec![0.0; tokens * width], &[1, tokens, width], place)
 }
 
 impl StableDiffusion3 {
-    fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Conditioning> {
+    fn embed(&self, prompt: &str, t5_tokens: usize, cache: &EmbeddingCache) -> Result<Conditioning> {
         let (first, second) = (self.text.embed(prompt, cache)?, self.text_2.embed(prompt, cache)?);
         let mut clip = ops::concat_channels(&first.states, &second.states)?;
         if let Some(padding) = &self.padding {
             clip = ops::concat_channels(&clip, padding)?;
         }
         let long = match &self.text_3 {
-            LongText::T5(t5) => t5.embed(prompt, cache)?.states,
-            LongText::Absent(zeros) => zeros.clone(),
+            LongText::T5(t5) => t5.embed(prompt, t5_tokens, cache)?.states,
+            LongText::Absent(width) => zeros(t5_tokens, *width, &self.place)?,
         };
         let pooled = match (&first.pooled, &second.pooled) {
             (Some(first), Some(second)) => Some(ops::concat_channels(first, second)?),
@@ -90,7 +95,7 @@ impl StableDiffusion3 {
         Ok(Conditioning { tokens: ops::cat_tokens(&[&clip, &long])?, pooled, numbers: [].into() })
     }
 
-    /// One transformer call for rows that leave out the same layers.
+    /// One transformer call for rows with as many tokens that leave out the same layers.
     fn call(&self, rows: &[ModelRow], [channels, height, width]: [usize; 3]) -> Result<Vec<f32>> {
         let dims = [rows.len(), channels, height, width];
         let prompts = Prompts { tokens: &tokens(rows)?, pooled: &pooled(rows)? };
@@ -105,17 +110,18 @@ impl Family for StableDiffusion3 {
                 return Err(Error::request(field, format!("at most {} for this checkpoint", self.most_pixels), asked));
             }
         }
-        let guided = is_guided(request.guidance_scale);
+        let (guided, t5_tokens) = (is_guided(request.guidance_scale), t5_tokens(request, T5_TOKENS)?);
         Ok(Conditions {
-            positive: self.embed(&request.prompt, cache)?,
-            negative: guided.then(|| self.embed(&request.negative_prompt, cache)).transpose()?,
+            positive: self.embed(&request.prompt, t5_tokens, cache)?,
+            negative: guided.then(|| self.embed(&request.negative_prompt, t5_tokens, cache)).transpose()?,
             guidance_scale: request.guidance_scale,
             skipping: Skipping::of(request),
         })
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
-        let alike = |a: &ModelRow, b: &ModelRow| a.skipped == b.skipped;
+        let kind = |row: &ModelRow| (row.skipped.clone(), row.conditioning.tokens.dims().to_vec());
+        let alike = |a: &ModelRow, b: &ModelRow| kind(a) == kind(b);
         call_alike(rows, shape.iter().product(), alike, |rows| self.call(rows, shape))
     }
 

@@ -82,16 +82,14 @@ pub(crate) struct T5Text {
     name: &'static str,
     tokenizer: T5Tokenizer,
     pub encoder: T5Encoder,
-    /// Tokens that every prompt becomes.
-    length: usize,
 }
 
 impl T5Text {
-    /// Loads the parts `name` and `tokenizer` of a checkpoint; prompts become `length` tokens.
-    pub fn load(source: &Source, name: &'static str, tokenizer: &str, length: usize, place: &Place) -> Result<Self> {
+    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    pub fn load(source: &Source, name: &'static str, tokenizer: &str, place: &Place) -> Result<Self> {
         let encoder = T5Encoder::load(source.part(name), place)?;
         let tokenizer = T5Tokenizer::load(&source.path(tokenizer), encoder.config.vocabulary)?;
-        Ok(Self { name, tokenizer, encoder, length })
+        Ok(Self { name, tokenizer, encoder })
     }
 
     /// Width of its states.
@@ -99,22 +97,11 @@ impl T5Text {
         self.encoder.config.width
     }
 
-    /// What it makes of a prompt, computed or remembered.
-    pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
-        self.embed_as(prompt, self.length, cache)
-    }
-
-    /// What it makes of a prompt as so many tokens, computed or, at the usual length, remembered.
-    pub fn embed_as(&self, prompt: &str, length: usize, cache: &EmbeddingCache) -> Result<Embedding> {
-        let embed = || {
-            let states = self.encoder.forward(&self.tokenizer.ids(prompt, length)?)?;
+    /// What it makes of a prompt as `tokens` tokens, computed or remembered.
+    pub fn embed(&self, prompt: &str, tokens: usize, cache: &EmbeddingCache) -> Result<Embedding> {
+        cache.get_or(self.name, &format!("{tokens} {prompt}"), || {
+            let states = self.encoder.forward(&self.tokenizer.ids(prompt, tokens)?)?;
             Ok(Embedding { states, pooled: None })
-        };
-        if length == self.length { cache.get_or(self.name, prompt, embed) } else { embed() }
-    }
-
-    /// Tokens that every prompt becomes, unless asked for otherwise.
-    pub fn tokens(&self) -> usize {
-        self.length
+        })
     }
 }

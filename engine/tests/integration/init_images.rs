@@ -8,7 +8,7 @@ use engine::{gray, render};
 use image::RgbImage;
 use serde::Deserialize;
 
-use crate::support::{checkpoint, fixtures, folder, largest_difference, request};
+use crate::support::{checkpoint, fixtures, folder, init, largest_difference, mask, picture, request};
 
 /// One entry of `init_pictures.json`.
 #[derive(Deserialize)]
@@ -27,18 +27,6 @@ struct Golden {
     sampler: Option<String>,
     schedule: Option<String>,
     seed: u64,
-}
-
-fn picture(name: &str) -> Arc<RgbImage> {
-    Arc::new(image::open(fixtures().join("init").join(name)).unwrap().into_rgb8())
-}
-
-fn mask(name: &str) -> Mask {
-    Mask { picture: Arc::new(gray(&picture(name))), blur: 0.0, content: MaskedContent::Original }
-}
-
-fn init(name: &str, strength: f64, mask: Option<Mask>) -> Option<InitImage> {
-    Some(InitImage { picture: picture(name), strength, mask })
 }
 
 impl Golden {

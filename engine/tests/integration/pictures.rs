@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use engine::{MicroConditioning, RowRequest, render};
+use engine::{MicroConditioning, RowRequest, SkipLayerGuidance, render};
 use serde::Deserialize;
 
-use crate::support::{CHECKPOINTS, checkpoint, fixtures, largest_difference};
+use crate::support::{CHECKPOINTS, checkpoint, fixtures, init, largest_difference, mask};
 
 /// One entry of `pictures.json` or of a family's list in `pictures/`.
 #[derive(Deserialize)]
@@ -27,6 +27,27 @@ struct Golden {
     crop: (usize, usize),
     #[serde(default)]
     target_size: Option<(usize, usize)>,
+    skip_layer_guidance: Option<SkipLayers>,
+    max_sequence_length: Option<usize>,
+    init_image: Option<String>,
+    mask_image: Option<String>,
+    strength: Option<f64>,
+}
+
+/// Skip-layer guidance as the list has it.
+#[derive(Clone, Deserialize)]
+struct SkipLayers {
+    layers: Vec<usize>,
+    scale: f64,
+    start: f64,
+    stop: f64,
+}
+
+impl SkipLayers {
+    fn asked(self) -> SkipLayerGuidance {
+        let Self { layers, scale, start, stop } = self;
+        SkipLayerGuidance { layers, scale, start, stop }
+    }
 }
 
 impl Golden {
@@ -46,6 +67,12 @@ impl Golden {
                 crop: self.crop,
                 target_size: self.target_size,
             },
+            skip_layer_guidance: self.skip_layer_guidance.clone().map(SkipLayers::asked),
+            max_sequence_length: self.max_sequence_length,
+            init_image: self
+                .init_image
+                .as_deref()
+                .and_then(|name| init(name, self.strength.unwrap(), self.mask_image.as_deref().map(mask))),
             ..RowRequest::default()
         }
     }

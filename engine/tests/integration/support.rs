@@ -4,11 +4,23 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest};
+use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest, gray};
 use image::RgbImage;
 
 /// Every checkpoint that has goldens.
-pub const CHECKPOINTS: [&str; 8] = ["sd1", "sd2", "one_layer", "bf16", "bare_tokenizer", "demo", "sdxl", "sdxl_turbo"];
+pub const CHECKPOINTS: [&str; 11] = [
+    "sd1",
+    "sd2",
+    "one_layer",
+    "bf16",
+    "bare_tokenizer",
+    "demo",
+    "sdxl",
+    "sdxl_turbo",
+    "sd3",
+    "sd35_medium",
+    "sd3_without_t5",
+];
 
 /// Where the goldens and the tiny checkpoints are.
 pub fn fixtures() -> PathBuf {
@@ -73,4 +85,19 @@ pub fn copy_of(checkpoint: &str) -> tempfile::TempDir {
     let target = tempfile::tempdir().unwrap();
     copy(&folder(checkpoint), target.path());
     target
+}
+
+/// A picture of the fixtures to start from.
+pub fn picture(name: &str) -> Arc<RgbImage> {
+    Arc::new(image::open(fixtures().join("init").join(name)).unwrap().into_rgb8())
+}
+
+/// A mask of the fixtures, as it is.
+pub fn mask(name: &str) -> Mask {
+    Mask { picture: Arc::new(gray(&picture(name))), blur: 0.0, content: MaskedContent::Original }
+}
+
+/// An init image of the fixtures.
+pub fn init(name: &str, strength: f64, mask: Option<Mask>) -> Option<InitImage> {
+    Some(InitImage { picture: picture(name), strength, mask })
 }

@@ -42,7 +42,7 @@ pub(in crate::ops) fn quick_gelu<S: Simd>(simd: S, x: S::F32) -> S::F32 {
 #[inline(always)]
 pub(in crate::ops) fn gelu_tanh<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     /// 2 · √(2/π)
-    const SLOPE: f32 = 1.595_769_1;
+    const SLOPE: f32 = 1.595_769_2;
     let cubic = simd.mul_add(simd.mul(x, x), simd.splat(-SLOPE * 0.044_715), simd.splat(-SLOPE));
     let power = exp(simd, simd.mul(cubic, x));
     simd.mul(x, simd.reciprocal(simd.add(simd.splat(1.0), power)))
