@@ -28,9 +28,24 @@ impl ConfigFile {
         }
     }
 
+    /// What such a file at `path` would say, were there one.
+    pub fn told(path: &Path, fields: Map<String, Value>) -> Self {
+        Self { path: path.to_owned(), fields }
+    }
+
+    /// All of it.
+    pub fn to_value(&self) -> Value {
+        Value::Object(self.fields.clone())
+    }
+
     /// Reads the file if there is one.
     pub fn read_if_present(path: &Path) -> Result<Option<Self>> {
         if path.exists() { Self::read(path).map(Some) } else { Ok(None) }
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// A field's value; absent and `null` are the same.

@@ -60,16 +60,16 @@ impl FamilyKind {
 }
 
 /// The facts of the checkpoint at `path`, of the family that it is told to be or, without a word, of the
-/// one that it looks like.
+/// one that it looks like. Parts that a single file lacks need not be at hand.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] where it is no checkpoint of a known family.
 pub fn facts(path: &Path, told: Option<FamilyKind>) -> Result<CheckpointFacts> {
-    facts_of(&Source::open(path, None, told)?)
+    facts_of(&Source::look(path, None, told)?)
 }
 
-pub(crate) fn facts_of(source: &Source) -> Result<CheckpointFacts> {
-    let mut facts = source.family()?.assumed();
+fn facts_of(source: &Source) -> Result<CheckpointFacts> {
+    let mut facts = source.family().assumed();
     if let Some(vae) = source.config("vae")? {
         facts.latent_channels = vae.count("latent_channels", Some(facts.latent_channels))?;
         facts.scaling_factor = vae.number("scaling_factor", facts.scaling_factor)?;
@@ -85,9 +85,7 @@ pub(crate) fn facts_of(source: &Source) -> Result<CheckpointFacts> {
             (facts.height, facts.width) = (sides[0] * facts.vae_factor, sides[1] * facts.vae_factor);
         }
     }
-    if let Some(prediction) = source.config("scheduler")?.map(|scheduler| prediction(&scheduler)).transpose()? {
-        facts.prediction = prediction;
-    }
+    facts.prediction = prediction(&source.scheduler()?)?;
     Ok(facts)
 }
 

@@ -76,6 +76,10 @@ pub struct FamilyFacts {
     pub licence: &'static str,
     /// What stands in the `scheduler_config.json` of the first checkpoints.
     pub scheduler: &'static str,
+    /// The pipeline that their `model_index.json` names.
+    pub pipeline: &'static str,
+    /// The parts with weights that it cannot do without.
+    pub parts: &'static [&'static str],
 }
 
 const PNDM: &str = r#"{"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
@@ -116,6 +120,8 @@ const SD1: FamilyFacts = FamilyFacts {
     latent_channels: 4,
     licence: OPENRAIL,
     scheduler: PNDM,
+    pipeline: "StableDiffusionPipeline",
+    parts: &["text_encoder", "unet", "vae"],
 };
 
 const SD2: FamilyFacts = FamilyFacts {
@@ -149,6 +155,8 @@ const SDXL: FamilyFacts = FamilyFacts {
     scaling_factor: 0.13025,
     licence: OPENRAIL_PLUS,
     scheduler: EULER,
+    pipeline: "StableDiffusionXLPipeline",
+    parts: &["text_encoder", "text_encoder_2", "unet", "vae"],
     ..SD1
 };
 
@@ -165,6 +173,8 @@ const SD3: FamilyFacts = FamilyFacts {
     latent_channels: 16,
     licence: COMMUNITY,
     scheduler: FLOW,
+    pipeline: "StableDiffusion3Pipeline",
+    parts: &["text_encoder", "text_encoder_2", "transformer", "vae"],
 };
 
 const SD35_LARGE: FamilyFacts = FamilyFacts {
@@ -188,6 +198,8 @@ const FLUX_DEV: FamilyFacts = FamilyFacts {
     latent_channels: 16,
     licence: "FLUX.1 [dev] Non-Commercial",
     scheduler: FLOW_BY_SIZE,
+    pipeline: "FluxPipeline",
+    parts: &["text_encoder", "text_encoder_2", "transformer", "vae"],
 };
 
 /// Every family, in the order of [`FamilyKind`].
@@ -214,7 +226,13 @@ pub const FAMILIES: [FamilyFacts; 15] = [
         scheduler: EULER_TRAILING,
         ..SDXL
     },
-    FamilyFacts { kind: FamilyKind::SdxlRefiner, word: "sdxl_refiner", name: "Stable Diffusion XL refiner", ..SDXL },
+    FamilyFacts {
+        kind: FamilyKind::SdxlRefiner,
+        word: "sdxl_refiner",
+        name: "Stable Diffusion XL refiner",
+        parts: &["text_encoder_2", "unet", "vae"],
+        ..SDXL
+    },
     FamilyFacts { kind: FamilyKind::SdxlInpaint, word: "sdxl_inpaint", name: "Stable Diffusion XL inpainting", ..SDXL },
     SD3,
     FamilyFacts {

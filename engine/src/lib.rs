@@ -23,6 +23,7 @@ mod sampler;
 
 mod facts;
 mod family;
+mod inspect;
 mod source;
 
 mod config;
@@ -34,11 +35,15 @@ pub mod bench;
 
 #[cfg(test)]
 mod goldens;
+#[cfg(test)]
+#[path = "../tests/integration/recipe.rs"]
+mod recipe;
 
 pub use device::{Device, DeviceChoice, Precision};
 pub use error::{Error, Result};
 pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
+pub use inspect::{InspectedFile, InspectedPart, InspectedTensor, Inspection, inspect};
 pub use pipeline::{
     Checkpoint, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch,
     SkipLayerGuidance, gray, render, resized,

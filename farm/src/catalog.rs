@@ -17,8 +17,12 @@ const MAX_VAE_FACTOR: u32 = 128;
 /// Facts about one checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelFacts {
-    /// Where the weights come from: a folder in diffusers layout, or a hub id (`org/name[@revision]`).
+    /// Where the weights come from: a folder in diffusers layout, a single file, or a hub id
+    /// (`org/name[@revision]`).
     pub source: String,
+    /// Where the parts come from that a single file lacks: a folder in diffusers layout or a hub id.
+    #[serde(default)]
+    pub parts: Option<String>,
     /// The family of models that it belongs to (`sdxl`); `None`: nobody could tell yet.
     #[serde(default)]
     pub family: Option<String>,
@@ -58,8 +62,11 @@ pub struct ModelFacts {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A folder in diffusers layout, or a hub id (`org/name[@revision]`).
+    /// A folder in diffusers layout, a single file, or a hub id (`org/name[@revision]`).
     pub source: String,
+    /// A folder in diffusers layout or a hub id with the parts that a single file lacks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parts: Option<String>,
     /// The family of models that it belongs to, where its files are not at hand or do not tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
@@ -91,6 +98,7 @@ impl ModelFacts {
     pub fn assumed(source: impl Into<String>) -> Self {
         Self {
             source: source.into(),
+            parts: None,
             family: None,
             width: 512,
             height: 512,
@@ -111,6 +119,7 @@ impl ModelFacts {
     pub fn overruled(self, config: &ModelConfig) -> Self {
         Self {
             source: config.source.clone(),
+            parts: config.parts.clone(),
             family: config.family.clone().or(self.family),
             width: config.width.unwrap_or(self.width),
             height: config.height.unwrap_or(self.height),
@@ -257,7 +266,7 @@ mod tests {
     #[test]
     fn facts_of_an_older_scheduler_are_read() {
         let mut value = serde_json::to_value(ModelFacts::assumed("hub/a")).unwrap();
-        for newer in ["family", "prediction", "latent_channels", "scaling_factor", "shift_factor", "licence"] {
+        for newer in ["parts", "family", "prediction", "latent_channels", "scaling_factor", "shift_factor", "licence"] {
             value.as_object_mut().unwrap().remove(newer).unwrap();
         }
         assert_eq!(serde_json::from_value::<ModelFacts>(value).unwrap(), ModelFacts::assumed("hub/a"));

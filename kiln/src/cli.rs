@@ -84,7 +84,7 @@ pub struct RenderArgs {
     /// What to steer away from
     #[arg(long, value_name = "PROMPT")]
     pub negative: Option<String>,
-    /// A checkpoint: a name from `kiln models`, a folder in diffusers layout, or a hub id (`org/name@revision`)
+    /// A checkpoint: a name from `kiln models`, a folder in diffusers layout, a single file, or a hub id (`org/name@revision`)
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
     /// Denoising steps [default: the checkpoint's]
@@ -274,19 +274,53 @@ pub struct FetchArgs {
 
 /// `kiln models`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
   kiln models                                what this machine's configuration names
   kiln models --api http://127.0.0.1:8600    what a running scheduler knows
+  kiln models inspect x.safetensors          what a file or folder is
 
-A checkpoint is added in the configuration: [models.NAME] source = \"FOLDER or org/name\", or by the
-variable KILN_MODELS=\"NAME=SOURCE,NAME2=SOURCE2\".")]
+A checkpoint is added in the configuration: [models.NAME] source = \"FOLDER, FILE or org/name\", or by
+the variable KILN_MODELS=\"NAME=SOURCE,NAME2=SOURCE2\"."
+)]
 pub struct ModelsArgs {
+    /// What else to do
+    #[command(subcommand)]
+    pub command: Option<ModelsCommand>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub api: ApiArgs,
+}
+
+/// The commands below `kiln models`.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Tell what a checkpoint's file or folder is: family, parts, formats, hashes
+    Inspect(InspectArgs),
+}
+
+/// `kiln models inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  kiln models inspect juggernautXL_v9.safetensors
+  kiln models inspect ./stable-diffusion-v1-5 --tensors
+  kiln models inspect org/name --json             from the hub's cache, if it is there
+
+The hash autov2 is the one that CivitAI shows. Pickles (.ckpt) are never read.")]
+pub struct InspectArgs {
+    /// A safetensors or GGUF file, a folder in diffusers layout, or a hub id in the cache
+    #[arg(value_name = "PATH")]
+    pub path: String,
+    /// List every tensor with its shape and number format
+    #[arg(long)]
+    pub tensors: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `kiln config`.

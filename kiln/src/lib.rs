@@ -16,6 +16,7 @@ mod scheduler;
 mod worker;
 
 mod fetch;
+mod inspect;
 mod models;
 mod status;
 mod submit;

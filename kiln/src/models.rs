@@ -7,12 +7,15 @@ use farm::catalog::ModelFacts;
 use farm::config::Config;
 use scheduler::{ModelView, Models};
 
-use crate::cli::ModelsArgs;
+use crate::cli::{ModelsArgs, ModelsCommand};
 use crate::client::{Client, Patience};
-use crate::{catalog, stdout};
+use crate::{catalog, inspect, stdout};
 
 /// Lists the configuration's checkpoints, or a scheduler's if one is named.
 pub async fn run(config: &Config, args: ModelsArgs) -> Result<ExitCode> {
+    if let Some(ModelsCommand::Inspect(args)) = args.command {
+        return inspect::run(config, args).await;
+    }
     let models = if args.api.api.is_some() {
         let client = Client::new(&args.api, config)?;
         client.patiently(Patience::SHORT, async || client.models().await).await?

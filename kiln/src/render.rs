@@ -89,7 +89,10 @@ async fn catalog_for(config: &mut Config, model: Option<&str>, stop: &Cancellati
         let names: Vec<_> = known.models().map(|(name, _)| name).collect();
         let spinner = progress::spinner(&format!("looking for {model}"));
         resolve(model, &config.worker, stop).await.with_context(|| {
-            format!("--model must be one of {}, a folder or a hub id; `{model}` was not found", names.join(", "))
+            format!(
+                "--model must be one of {}, a folder, a file or a hub id; `{model}` was not found",
+                names.join(", ")
+            )
         })?;
         spinner.finish_and_clear();
         let entry = ModelConfig { source: model.to_owned(), ..ModelConfig::default() };

@@ -116,15 +116,15 @@ async fn prepare(context: &Arc<Context>, model: &str) -> Result<Option<Fate>, De
     }
 }
 
-/// Finds the checkpoint's folder and loads it. How long that took, or why its jobs fail.
+/// Finds the checkpoint and loads it. How long that took, or why its jobs fail.
 async fn load(context: &Arc<Context>, model: &str) -> Result<Result<Duration, Failure>, DeviceGone> {
-    let source = match context.catalog.find(Some(model)) {
-        Ok((_, facts)) => facts.source.clone(),
+    let facts = match context.catalog.find(Some(model)) {
+        Ok((_, facts)) => facts.clone(),
         Err(error) => return Ok(Err(Failure { kind: FailureKind::Invalid, message: error.to_string() })),
     };
     let started = Instant::now();
-    let folder = match resolve::resolve(&source, &context.config, &context.stop).await {
-        Ok(folder) => folder,
+    let located = match resolve::locate(&facts, &context.config, &context.stop).await {
+        Ok(located) => located,
         Err(error) => {
             let message = format!("checkpoint `{model}`: {error}");
             return Ok(Err(Failure { kind: error.kind(), message }));
@@ -132,7 +132,7 @@ async fn load(context: &Arc<Context>, model: &str) -> Result<Result<Duration, Fa
     };
     // From here on the weights of the one before are gone, whatever comes of it.
     context.change_post(|post| post.warm = None);
-    let loaded = context.device.load(folder).await?;
+    let loaded = context.device.load(located).await?;
     Ok(loaded.map(|_| started.elapsed()).map_err(|error| {
         let Failure { kind, message } = error.into();
         // What breaks a load has no single row for a culprit.

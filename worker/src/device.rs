@@ -5,7 +5,6 @@
 //! then with single rows, so that only the culprit fails; after a panic, rows start anew, each in a
 //! batch of its own.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,6 +17,7 @@ use image::RgbImage;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::renderer::{RenderError, Renderer};
+use crate::resolve::Located;
 use crate::rows::Rows;
 
 /// A job on its way to the device.
@@ -60,7 +60,7 @@ pub(crate) struct Rendered {
 }
 
 pub(crate) enum Command {
-    Load { folder: PathBuf, reply: oneshot::Sender<Result<Duration, RenderError>> },
+    Load { located: Located, reply: oneshot::Sender<Result<Duration, RenderError>> },
     Add(Vec<NewRow>),
     Drop { jobs: Vec<JobId>, reply: oneshot::Sender<Vec<JobId>> },
     TakeWaiting(oneshot::Sender<Vec<JobId>>),
@@ -102,8 +102,8 @@ impl Device {
 
     /// Loads a checkpoint in place of the one before; how long it took. To be called while no rows are
     /// on the device.
-    pub(crate) async fn load(&self, folder: PathBuf) -> Result<Result<Duration, RenderError>, DeviceGone> {
-        self.ask(|reply| Command::Load { folder, reply }).await
+    pub(crate) async fn load(&self, located: Located) -> Result<Result<Duration, RenderError>, DeviceGone> {
+        self.ask(|reply| Command::Load { located, reply }).await
     }
 
     /// Adds rows, which join a batch as soon as there is room.
@@ -154,9 +154,9 @@ fn run<R: Renderer>(mut inbox: mpsc::Receiver<Command>, mut rows: Rows<R>) {
 /// Who asked may have gone; that is fine.
 fn obey<R: Renderer>(command: Command, rows: &mut Rows<R>, idle: &mut Vec<oneshot::Sender<()>>) {
     match command {
-        Command::Load { folder, reply } => {
+        Command::Load { located, reply } => {
             let started = Instant::now();
-            let loaded = rows.load(&folder).map(|()| started.elapsed());
+            let loaded = rows.load(&located).map(|()| started.elapsed());
             drop(reply.send(loaded));
         }
         Command::Add(new) => new.into_iter().for_each(|row| rows.add(row)),

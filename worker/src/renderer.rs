@@ -1,7 +1,6 @@
 //! The seam between the device thread and what renders: the engine, or a double in tests.
 
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -10,6 +9,8 @@ use farm::config::WorkerConfig;
 use farm::job::{Failure, FailureKind};
 use farm::spec::RenderSpec;
 use image::RgbImage;
+
+use crate::resolve::Located;
 
 /// Why a render call failed, as far as the device thread branches on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +79,7 @@ pub trait Renderer: Send + 'static {
     type Batch: RowBatch<Latent = Self::Latent>;
 
     /// Loads a checkpoint; the one before is dropped first, so that two never share the memory.
-    fn load(&mut self, folder: &Path) -> Result<(), RenderError>;
+    fn load(&mut self, located: &Located) -> Result<(), RenderError>;
 
     /// An empty batch for pictures of `width` × `height` pixels. Called with a checkpoint loaded.
     fn batch(&self, width: u32, height: u32) -> Self::Batch;
@@ -153,9 +154,11 @@ impl Renderer for EngineRenderer {
     type Latent = engine::Latent;
     type Batch = EngineBatch;
 
-    fn load(&mut self, folder: &Path) -> Result<(), RenderError> {
+    fn load(&mut self, Located { path, parts, family }: &Located) -> Result<(), RenderError> {
         self.checkpoint = None;
-        let checkpoint = Checkpoint::load(folder, &self.device, self.precision)?.with_vae_bytes(self.vae_bytes);
+        let family = family.as_deref().map(str::parse).transpose()?;
+        let checkpoint = Checkpoint::load_with(path, parts.as_deref(), family, &self.device, self.precision)?
+            .with_vae_bytes(self.vae_bytes);
         self.checkpoint = Some(Arc::new(checkpoint));
         Ok(())
     }

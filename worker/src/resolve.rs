@@ -1,8 +1,9 @@
-//! From a catalog entry's source to a folder of weights: a folder as it is, a hub id through the hub's
-//! cache and, where that lacks files, the hub.
+//! From a catalog entry's source to weights on this machine: a folder or a file as it is, a hub id through
+//! the hub's cache and, where that lacks files, the hub.
 
 use std::path::{Path, PathBuf};
 
+use farm::catalog::ModelFacts;
 use farm::config::WorkerConfig;
 use farm::job::FailureKind;
 use tokio_util::sync::CancellationToken;
@@ -45,22 +46,18 @@ pub struct HubId {
 /// Where weights come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// A folder on this machine.
-    Folder(PathBuf),
+    /// A folder or a file on this machine.
+    Local(PathBuf),
     /// A repository on the hub.
     Hub(HubId),
 }
 
 impl Source {
-    /// Reads a catalog entry's source: a folder if there is one of that name, else a hub id.
+    /// Reads a catalog entry's source: a folder or file if there is one of that name, else a hub id.
     pub fn parse(text: &str) -> Result<Self, ResolveError> {
         let path = Path::new(text);
-        if path.is_dir() {
-            return Ok(Self::Folder(path.to_owned()));
-        }
-        if path.is_file() {
-            let message = format!("`{text}` is a file: a checkpoint is a folder in diffusers layout");
-            return Err(ResolveError::Missing(message));
+        if path.is_dir() || path.is_file() {
+            return Ok(Self::Local(path.to_owned()));
         }
         let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
         let is_name = |part: &str| part.starts_with(|c: char| c.is_ascii_alphanumeric()) && part.chars().all(is_plain);
@@ -69,7 +66,7 @@ impl Source {
                 Ok(Self::Hub(HubId { name: name.to_owned(), revision: revision.to_owned() }))
             }
             _ => Err(ResolveError::Missing(format!(
-                "there is no folder `{text}`: give a folder in diffusers layout or a hub id (`org/name[@revision]`)"
+                "there is no `{text}`: give a folder in diffusers layout, a single file or a hub id (`org/name[@revision]`)"
             ))),
         }
     }
@@ -85,15 +82,64 @@ fn is_revision(revision: &str) -> bool {
         && revision.split('/').all(|part| !part.starts_with('.') && !part.is_empty() && part.chars().all(is_plain))
 }
 
-/// The folder of a source, downloaded if need be. Downloads go on where an earlier one was cut. `stop`
-/// ends them early.
+/// A checkpoint on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// Its folder or file.
+    pub path: PathBuf,
+    /// The folder with the parts that its file lacks.
+    pub parts: Option<PathBuf>,
+    /// The family that it is said to belong to.
+    pub family: Option<String>,
+}
+
+/// What is wanted of a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// Everything that rendering needs.
+    Whole,
+    /// Everything but the denoiser: a file beside it has that.
+    Parts,
+}
+
+/// A checkpoint by its facts, downloaded if need be.
+///
+/// # Errors
+/// As [`resolve`].
+pub async fn locate(
+    facts: &ModelFacts,
+    config: &WorkerConfig,
+    stop: &CancellationToken,
+) -> Result<Located, ResolveError> {
+    let path = resolve(&facts.source, config, stop).await?;
+    let parts = match &facts.parts {
+        Some(parts) => Some(find(parts, Wanted::Parts, config, stop).await?),
+        None => None,
+    };
+    Ok(Located { path, parts, family: facts.family.clone() })
+}
+
+/// The folder or file of a source, downloaded if need be. Downloads go on where an earlier one was cut.
+/// `stop` ends them early.
+///
+/// # Errors
+/// Where there is no such thing, or the network failed.
 pub async fn resolve(source: &str, config: &WorkerConfig, stop: &CancellationToken) -> Result<PathBuf, ResolveError> {
+    find(source, Wanted::Whole, config, stop).await
+}
+
+async fn find(
+    source: &str,
+    wanted: Wanted,
+    config: &WorkerConfig,
+    stop: &CancellationToken,
+) -> Result<PathBuf, ResolveError> {
     let id = match Source::parse(source)? {
-        Source::Folder(folder) => return Ok(folder),
+        Source::Local(path) => return Ok(path),
         Source::Hub(id) => id,
     };
     let (config, stop) = (config.clone(), stop.clone());
-    let found = tokio::task::spawn_blocking(move || Hub::new(&config, stop).folder(&id)).await;
+    let found = tokio::task::spawn_blocking(move || Hub::new(&config, stop).folder(&id, wanted)).await;
     found.unwrap_or_else(|panic| Err(ResolveError::Unavailable(format!("looking for `{source}`: {panic}"))))
 }
 
@@ -103,16 +149,18 @@ pub(crate) const INDEX: &str = "model_index.json";
 /// Parts that a pipeline lists and rendering does not need.
 const SPARE: [&str; 3] = ["safety_checker", "feature_extractor", "image_encoder"];
 
+const DENOISERS: [&str; 2] = ["unet", "transformer"];
+
 /// The files of a repository that rendering needs, of all its `files` (`part/name`), as its parsed
 /// `model_index.json` lists its parts. What is missing is named.
-pub(crate) fn needed(index: &serde_json::Value, files: &[String]) -> Result<Vec<String>, String> {
+pub(crate) fn needed(index: &serde_json::Value, files: &[String], wanted: Wanted) -> Result<Vec<String>, String> {
     let entries = index.as_object().ok_or(format!("{INDEX} is not a JSON object"))?;
     let mut needed = vec![INDEX.to_owned()];
     let mut missing = Vec::new();
     // Parts are listed as [library, class], left-out ones as [null, null].
     let is_part = |value: &serde_json::Value| value.get(1).is_some_and(serde_json::Value::is_string);
     for part in entries.iter().filter(|(_, value)| is_part(value)).map(|(part, _)| part.as_str()) {
-        if SPARE.contains(&part) {
+        if SPARE.contains(&part) || wanted == Wanted::Parts && DENOISERS.contains(&part) {
             continue;
         }
         let names: Vec<&str> = files
@@ -146,25 +194,26 @@ fn whole(names: &[&str], wanted: &[&str]) -> Result<Vec<String>, String> {
 }
 
 fn tokenizer(names: &[&str]) -> Result<Vec<String>, String> {
-    const FILES: [&str; 6] = [
+    const FILES: [&str; 7] = [
         "tokenizer.json",
+        "spiece.model",
         "vocab.json",
         "merges.txt",
         "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
     ];
-    if !names.contains(&"tokenizer.json") {
+    if !names.contains(&"tokenizer.json") && !names.contains(&"spiece.model") {
         whole(names, &["vocab.json", "merges.txt"]).map_err(|lacking| format!("tokenizer.json (or {lacking})"))?;
     }
     Ok(FILES.into_iter().filter(|name| names.contains(name)).map(str::to_owned).collect())
 }
 
-/// A part's safetensors: in full precision where there are such, else the fp16 variant; one file, or all
-/// shards and their index.
+/// A part's safetensors: in full precision where there are such, else a variant in half precision; one file,
+/// or all shards and their index.
 fn weights(names: &[&str]) -> Result<Vec<String>, String> {
     for stem in ["model", "diffusion_pytorch_model"] {
-        for variant in ["", ".fp16"] {
+        for variant in ["", ".fp16", ".bf16"] {
             let single = format!("{stem}{variant}.safetensors");
             if names.contains(&single.as_str()) {
                 return Ok(vec![single]);
@@ -226,7 +275,8 @@ mod tests {
         files.extend(["tokenizer/vocab.json", "tokenizer/merges.txt", "unet/config.json"]);
         files.extend(["safety_checker/model.safetensors", "feature_extractor/preprocessor_config.json"]);
         files.extend(extra);
-        let mut picked = needed(&index(), &files.into_iter().map(str::to_owned).collect::<Vec<_>>())?;
+        let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
+        let mut picked = needed(&index(), &files, Wanted::Whole)?;
         picked.retain(|file| file.starts_with("unet/"));
         Ok(picked)
     }
@@ -265,16 +315,71 @@ mod tests {
             "safety_checker/model.safetensors",
             "big.safetensors",
         ]);
-        let picked = needed(&index(), &files.into_iter().map(str::to_owned).collect::<Vec<_>>()).unwrap();
+        let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
+        let picked = needed(&index(), &files, Wanted::Whole).unwrap();
         let expected = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"];
         assert_eq!(picked[..3], expected);
         assert_eq!(picked[3..], ["unet/config.json", "unet/model.safetensors"]);
     }
 
+    /// What a repository of Stable Diffusion 3 or FLUX lists.
+    fn files_of_transformers() -> (serde_json::Value, Vec<String>) {
+        let index = serde_json::json!({
+            "_class_name": "StableDiffusion3Pipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "text_encoder_3": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "tokenizer_3": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "SD3Transformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        });
+        let mut files = vec!["model_index.json", "sd3_medium.safetensors", "scheduler/scheduler_config.json"];
+        files.extend(["text_encoder/config.json", "text_encoder_2/config.json", "text_encoder_3/config.json"]);
+        files.extend(["transformer/config.json", "vae/config.json"]);
+        files.extend(["text_encoder/model.fp16.safetensors", "text_encoder/model.safetensors"]);
+        files.extend(["text_encoder_2/model.fp16.safetensors", "vae/diffusion_pytorch_model.bf16.safetensors"]);
+        files.extend(["text_encoder_3/model.safetensors.index.fp16.json"]);
+        files.extend(["text_encoder_3/model.fp16-00001-of-00002.safetensors"]);
+        files.extend(["text_encoder_3/model.fp16-00002-of-00002.safetensors"]);
+        files.extend(["transformer/diffusion_pytorch_model.safetensors.index.json"]);
+        files.extend(["transformer/diffusion_pytorch_model-00001-of-00001.safetensors"]);
+        files.extend(["tokenizer/vocab.json", "tokenizer/merges.txt"]);
+        files.extend(["tokenizer_2/vocab.json", "tokenizer_2/merges.txt"]);
+        files.extend(["tokenizer_3/spiece.model", "tokenizer_3/tokenizer_config.json"]);
+        (index, files.into_iter().map(str::to_owned).collect())
+    }
+
     #[test]
-    fn a_source_is_a_folder_or_a_hub_id_and_anything_else_is_explained() {
+    fn three_encoders_a_transformer_and_a_sentencepiece_vocabulary_come_whole() {
+        let (index, files) = files_of_transformers();
+        let picked = needed(&index, &files, Wanted::Whole).unwrap();
+        let left: Vec<_> = files.iter().filter(|file| !picked.contains(file)).collect();
+        assert_eq!(left, ["sd3_medium.safetensors", "text_encoder/model.fp16.safetensors"]);
+        for lacking in ["tokenizer_3/spiece.model", "text_encoder_3/model.fp16-00002-of-00002.safetensors"] {
+            let fewer: Vec<_> = files.iter().filter(|file| *file != lacking).cloned().collect();
+            let missing = needed(&index, &fewer, Wanted::Whole).unwrap_err();
+            assert!(missing.contains(lacking.split('/').next().unwrap()), "{lacking}: {missing}");
+        }
+    }
+
+    #[test]
+    fn beside_a_file_the_denoiser_is_left_on_the_hub() {
+        let (index, files) = files_of_transformers();
+        let parts = needed(&index, &files, Wanted::Parts).unwrap();
+        assert!(parts.iter().all(|file| !file.starts_with("transformer/")), "{parts:?}");
+        let whole = needed(&index, &files, Wanted::Whole).unwrap();
+        assert_eq!(whole.len() - parts.len(), 3, "its configuration, its index and its one shard");
+    }
+
+    #[test]
+    fn a_source_is_a_folder_a_file_or_a_hub_id_and_anything_else_is_explained() {
         let here = env!("CARGO_MANIFEST_DIR");
-        assert_eq!(Source::parse(here), Ok(Source::Folder(here.into())));
+        assert_eq!(Source::parse(here), Ok(Source::Local(here.into())));
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert_eq!(Source::parse(file), Ok(Source::Local(file.into())));
         let hub = |name: &str, revision: &str| Source::Hub(HubId { name: name.into(), revision: revision.into() });
         assert_eq!(Source::parse("org/some.model"), Ok(hub("org/some.model", "main")));
         assert_eq!(Source::parse("org/name@refs/pr/1"), Ok(hub("org/name", "refs/pr/1")));

@@ -4,7 +4,6 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use tokio::sync::mpsc;
 use crate::batcher::{Batcher, Plan};
 use crate::device::{Event, NewRow, Rendered};
 use crate::renderer::{RenderError, Renderer, RowBatch};
+use crate::resolve::Located;
 
 /// What is remembered of a row while it is on the device.
 struct Track {
@@ -66,12 +66,12 @@ impl<R: Renderer> Rows<R> {
         self.batcher.is_empty()
     }
 
-    pub(crate) fn load(&mut self, folder: &Path) -> Result<(), RenderError> {
+    pub(crate) fn load(&mut self, located: &Located) -> Result<(), RenderError> {
         if !self.is_empty() {
             return Err(RenderError::Broken("rows of another checkpoint are still running".into()));
         }
         self.shared.clear();
-        guarded(|| self.renderer.load(folder))
+        guarded(|| self.renderer.load(located))
     }
 
     pub(crate) fn add(&mut self, NewRow { job_id, spec, init }: NewRow) {

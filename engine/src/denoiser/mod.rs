@@ -9,7 +9,7 @@ mod flux;
 mod mmdit;
 mod unet;
 
-pub(crate) use flux::{FluxInputs, FluxTransformer};
+pub(crate) use flux::{FluxInputs, FluxTransformer, SIDE as FLUX_PATCH};
 pub(crate) use mmdit::{Mmdit, Prompts};
 pub(crate) use resnet::{ResnetBlock, ResnetShape};
 pub(crate) use unet::{Added, UNet};

@@ -20,6 +20,17 @@ pub(crate) enum Stored {
 }
 
 impl Stored {
+    /// The word that people know it by.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::F64 => "F64",
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::Quantised(format) => format.word(),
+        }
+    }
+
     /// Values of a block, and the bytes that it takes; plain numbers are blocks of one.
     pub fn block(self) -> (usize, usize) {
         match self {
@@ -46,9 +57,10 @@ pub(crate) struct Parameter<'a> {
 
 impl<'a> Parameter<'a> {
     /// `bytes` must be as many as `dims` ask for.
-    pub fn new(bytes: &'a [u8], stored: Stored, dims: &[usize]) -> Self {
+    pub fn new(bytes: impl Into<Cow<'a, [u8]>>, stored: Stored, dims: &[usize]) -> Self {
+        let bytes = bytes.into();
         assert_eq!(Some(bytes.len()), stored.bytes(dims.iter().product()), "bytes of a weight");
-        Self { bytes: Cow::Borrowed(bytes), stored, dims: dims.to_vec() }
+        Self { bytes, stored, dims: dims.to_vec() }
     }
 
     /// A weight of these values.

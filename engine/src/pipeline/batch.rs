@@ -104,8 +104,11 @@ impl RunningBatch {
         if !(1..=MOST_STEPS).contains(&request.steps) {
             return Err(Error::request("steps", format!("1 to {MOST_STEPS}"), request.steps));
         }
-        if !(request.guidance_scale >= 0.0 && request.guidance_scale.is_finite()) {
-            return Err(Error::request("guidance_scale", "a finite number of at least 0", request.guidance_scale));
+        let true_cfg_scale = request.true_cfg_scale.unwrap_or(0.0);
+        for (field, scale) in [("guidance_scale", request.guidance_scale), ("true_cfg_scale", true_cfg_scale)] {
+            if !(scale >= 0.0 && scale.is_finite()) {
+                return Err(Error::request(field, "a finite number of at least 0", scale));
+            }
         }
         if let Some(skipping) = &request.skip_layer_guidance {
             skipping.check(self.checkpoint.layers())?;

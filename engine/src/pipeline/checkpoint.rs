@@ -6,14 +6,15 @@ use image::RgbImage;
 use rayon::prelude::*;
 
 use super::family::{Conditions, Family, ModelRow, Parts};
-use super::{picture, sd, sd3, sdxl};
+use super::{flux, picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
 use crate::noise::NoiseSource;
 use crate::ops::{self, Place};
 use crate::sampler::{Flow, SamplerConfig};
+use crate::source::Source;
 use crate::text::EmbeddingCache;
 use crate::vae::Vae;
-use crate::{CacheCounts, Device, Error, Latent, Precision, Result, RowRequest};
+use crate::{CacheCounts, Device, Error, FamilyKind, Latent, Precision, Result, RowRequest};
 
 /// Room for the embeddings of prompts that were seen before.
 const EMBEDDING_BYTES: usize = 64 << 20;
@@ -24,7 +25,7 @@ const DECODED_PIXELS: usize = 512 * 512;
 type Load = fn(&Parts<'_>) -> Result<Box<dyn Family>>;
 
 /// Pipelines that `model_index.json` may name, and what loads their family.
-const PIPELINES: [(&str, Load); 9] = [
+const PIPELINES: [(&str, Load); 12] = [
     ("StableDiffusionPipeline", sd::load),
     ("StableDiffusionImg2ImgPipeline", sd::load),
     ("StableDiffusionInpaintPipeline", sd::load),
@@ -34,6 +35,9 @@ const PIPELINES: [(&str, Load); 9] = [
     ("StableDiffusion3Pipeline", sd3::load),
     ("StableDiffusion3Img2ImgPipeline", sd3::load),
     ("StableDiffusion3InpaintPipeline", sd3::load),
+    ("FluxPipeline", flux::load),
+    ("FluxImg2ImgPipeline", flux::load),
+    ("FluxInpaintPipeline", flux::load),
 ];
 
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that
@@ -48,25 +52,38 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Loads a folder in diffusers layout: `model_index.json` with the folders of the parts that it lists.
+    /// Loads a folder in diffusers layout (`model_index.json` with the folders of the parts that it lists),
+    /// or a single file in its makers' layout that holds all parts.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] naming the file and the tensors or fields at fault.
-    pub fn load(folder: &Path, device: &Device, precision: Precision) -> Result<Self> {
-        let index = folder.join("model_index.json");
-        if !index.exists() {
-            return Err(Error::checkpoint(folder, "is not a diffusers folder: it has no `model_index.json`"));
-        }
-        let index = &ConfigFile::read(&index)?;
+    pub fn load(path: &Path, device: &Device, precision: Precision) -> Result<Self> {
+        Self::load_with(path, None, None, device, precision)
+    }
+
+    /// [`Checkpoint::load`] with the parts that a single file lacks from a folder `beside` it, and as the
+    /// `family` that it is told to be, where its files do not tell.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`].
+    pub fn load_with(
+        path: &Path,
+        beside: Option<&Path>,
+        family: Option<FamilyKind>,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self> {
+        let source = &Source::open(path, beside, family)?;
+        let index = &source.index()?;
         let class = index.word("_class_name")?.unwrap_or("StableDiffusionPipeline");
         let Some((_, load)) = PIPELINES.iter().find(|(name, _)| *name == class) else {
             let known = PIPELINES.map(|(name, _)| format!("`{name}`")).join(", ");
             return Err(index.refuse("_class_name", format!("one of {known}")));
         };
         let place = &Place::new(device.tensors(), precision.dtype());
-        let sampler = read_sampler(&folder.join("scheduler/scheduler_config.json"))?;
-        let vae = Vae::load(&folder.join("vae"), place)?;
-        let family = load(&Parts { folder, index, vae: &vae.config, place })?;
+        let sampler = read_sampler(&source.scheduler()?)?;
+        let vae = Vae::load(source.part("vae"), place)?;
+        let family = load(&Parts { source, index, vae: &vae.config, place })?;
         let sampler = if family.overrules_sampler() { sampler } else { sampler.as_written() };
         let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
         Ok(Self { device: device.clone(), family, vae, sampler, embeddings, vae_bytes: None })
@@ -213,10 +230,9 @@ impl Drop for Checkpoint {
     }
 }
 
-fn read_sampler(path: &Path) -> Result<SamplerConfig> {
-    let text = std::fs::read_to_string(path).map_err(|error| Error::checkpoint(path, error))?;
-    SamplerConfig::parse(&text).map_err(|error| match error {
-        Error::Checkpoint { problem, .. } => Error::checkpoint(path, problem),
+fn read_sampler(config: &ConfigFile) -> Result<SamplerConfig> {
+    SamplerConfig::from_json(&config.to_value()).map_err(|error| match error {
+        Error::Checkpoint { problem, .. } => Error::checkpoint(config.path(), problem),
         other => other,
     })
 }

@@ -1,13 +1,13 @@
 //! What families of checkpoints do each in its own way: load their networks, make conditioning of
 //! prompts, and call the denoiser. Everything else is the same for all of them.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::config::ConfigFile;
 use crate::guidance::{guide, is_guided, push};
 use crate::ops::{Place, Tensor};
 use crate::sampler::Flow;
+use crate::source::Source;
 use crate::text::EmbeddingCache;
 use crate::vae::VaeConfig;
 use crate::{Error, Result, RowRequest};
@@ -143,8 +143,8 @@ pub(super) trait Family: Send + Sync {
 
 /// What a family is loaded from.
 pub(super) struct Parts<'a> {
-    /// A folder in diffusers layout.
-    pub folder: &'a Path,
+    /// Where its parts lie.
+    pub source: &'a Source,
     /// Its `model_index.json`.
     pub index: &'a ConfigFile,
     pub vae: &'a VaeConfig,
@@ -158,7 +158,7 @@ impl Parts<'_> {
             return Ok(());
         }
         let problem = format!("`{field}` must be {what} ({expected}), but is {value}");
-        Err(Error::checkpoint(&self.folder.join(part).join("config.json"), problem))
+        Err(Error::checkpoint(self.source.path(part).join("config.json"), problem))
     }
 }
 
@@ -170,6 +170,28 @@ pub(super) fn t5_tokens(request: &RowRequest, usual: usize) -> Result<usize> {
         tokens if (1..=MOST).contains(&tokens) => Ok(tokens),
         tokens => Err(Error::request("max_sequence_length", format!("1 to {MOST}"), tokens)),
     }
+}
+
+/// The outputs of all rows, each of `len` values, where only rows that are `alike` can share a denoiser call.
+/// Whom a row shares it with never shows.
+pub(super) fn call_alike(
+    rows: &[ModelRow],
+    len: usize,
+    alike: impl Fn(&ModelRow, &ModelRow) -> bool,
+    call: impl Fn(&[ModelRow]) -> Result<Vec<f32>>,
+) -> Result<Vec<f32>> {
+    let mut outputs = vec![0.0; rows.len() * len];
+    let mut left: Vec<usize> = (0..rows.len()).collect();
+    while let Some(first) = left.first() {
+        let first = &rows[*first];
+        let (group, others): (Vec<usize>, Vec<usize>) = left.iter().partition(|place| alike(first, &rows[**place]));
+        let members: Vec<ModelRow> = group.iter().map(|place| rows[*place].clone()).collect();
+        for (place, output) in group.iter().zip(call(&members)?.chunks_exact(len.max(1))) {
+            outputs[place * len..(place + 1) * len].copy_from_slice(output);
+        }
+        left = others;
+    }
+    Ok(outputs)
 }
 
 /// All rows' samples, row after row.

@@ -5,6 +5,7 @@ mod checkpoint;
 mod row;
 
 mod family;
+mod flux;
 mod sd;
 mod sd3;
 mod sdxl;

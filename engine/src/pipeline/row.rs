@@ -22,7 +22,8 @@ pub struct RowRequest {
     pub height: usize,
     /// Denoising steps.
     pub steps: usize,
-    /// Classifier-free guidance scale; 1 or less turns guidance off and halves the work.
+    /// Classifier-free guidance scale; 1 or less turns guidance off and halves the work. FLUX has learnt
+    /// what pictures of a guidance look like and is told of it instead.
     pub guidance_scale: f64,
     /// `None`: the one that the checkpoint's `scheduler_config.json` names.
     pub sampler: Option<SamplerKind>,

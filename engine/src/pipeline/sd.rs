@@ -17,10 +17,10 @@ struct StableDiffusion {
 /// Loads `text_encoder`, `tokenizer` and `unet`.
 pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let output = ClipOutput { states: States::Last, pooled: Pooled::No };
-    let text = ClipText::load(parts.folder, "text_encoder", "tokenizer", output, parts.place)?;
-    let unet = UNet::load(&parts.folder.join("unet"), parts.place)?;
+    let text = ClipText::load(parts.source, "text_encoder", "tokenizer", output, parts.place)?;
+    let unet = UNet::load(parts.source.part("unet"), parts.place)?;
     check_channels(parts, &unet)?;
-    unet.config.refuse_added(&parts.folder.join("unet"))?;
+    unet.config.refuse_added(&parts.source.path("unet"))?;
     check_context(parts, &unet, text.width(), "the text encoder's `hidden_size`")?;
     Ok(Box::new(StableDiffusion { text, unet }))
 }

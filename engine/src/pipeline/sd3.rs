@@ -5,7 +5,7 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, Skipping};
-use super::family::{pooled, samples, t5_tokens, timesteps, tokens};
+use super::family::{call_alike, pooled, samples, t5_tokens, timesteps, tokens};
 use crate::denoiser::{Mmdit, Prompts};
 use crate::guidance::is_guided;
 use crate::ops::{self, Place, Tensor};
@@ -37,15 +37,15 @@ enum LongText {
 
 /// Loads `text_encoder` with `tokenizer`, their second and, where there is such, third siblings, and `transformer`.
 pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
-    let Parts { folder, index, vae, place } = *parts;
+    let Parts { source, index, vae, place } = *parts;
     let output = ClipOutput { states: States::Penultimate, pooled: Pooled::Projected };
-    let text = ClipText::load(folder, "text_encoder", "tokenizer", output, place)?;
-    let text_2 = ClipText::load(folder, "text_encoder_2", "tokenizer_2", output, place)?;
+    let text = ClipText::load(source, "text_encoder", "tokenizer", output, place)?;
+    let text_2 = ClipText::load(source, "text_encoder_2", "tokenizer_2", output, place)?;
     let has_t5 = index.get("text_encoder_3").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
-    let transformer = Mmdit::load(&folder.join("transformer"), place)?;
+    let transformer = Mmdit::load(source.part("transformer"), place)?;
     let config = &transformer.config;
     let text_3 = if has_t5 {
-        LongText::T5(Box::new(T5Text::load(folder, "text_encoder_3", "tokenizer_3", place)?))
+        LongText::T5(Box::new(T5Text::load(source, "text_encoder_3", "tokenizer_3", place)?))
     } else {
         LongText::Absent(config.context)
     };
@@ -65,7 +65,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
             "`joint_attention_dim` must be at least the `hidden_size` of both CLIP encoders together ({width}), but is {}",
             config.context
         );
-        return Err(Error::checkpoint(folder.join("transformer/config.json"), problem));
+        return Err(Error::checkpoint(source.path("transformer").join("config.json"), problem));
     }
     let padding = if width < config.context { Some(zeros(positions, config.context - width, place)?) } else { None };
     let most_pixels = config.most_tokens * config.patch * vae.factor();
@@ -120,21 +120,10 @@ impl Family for StableDiffusion3 {
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
-        let len = shape.iter().product::<usize>();
-        let mut outputs = vec![0.0; rows.len() * len];
-        let mut left: Vec<usize> = (0..rows.len()).collect();
-        // Whom a row shares its call with never shows.
-        while let Some(first) = left.first() {
-            let kind = |place: usize| (&rows[place].skipped, rows[place].conditioning.tokens.dims());
-            let (alike, others): (Vec<usize>, Vec<usize>) =
-                left.iter().partition(|place| kind(**place) == kind(*first));
-            let group: Vec<ModelRow> = alike.iter().map(|place| rows[*place].clone()).collect();
-            for (place, output) in alike.iter().zip(self.call(&group, shape)?.chunks_exact(len.max(1))) {
-                outputs[place * len..(place + 1) * len].copy_from_slice(output);
-            }
-            left = others;
-        }
-        Ok(outputs)
+        let alike = |a: &ModelRow, b: &ModelRow| {
+            a.skipped == b.skipped && a.conditioning.tokens.dims() == b.conditioning.tokens.dims()
+        };
+        call_alike(rows, shape.iter().product(), alike, |rows| self.call(rows, shape))
     }
 
     fn sample_size(&self) -> (usize, usize) {

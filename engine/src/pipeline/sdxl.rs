@@ -30,13 +30,13 @@ struct StableDiffusionXl {
 
 /// Loads `text_encoder` with `tokenizer` where there are such, `text_encoder_2` with `tokenizer_2`, and `unet`.
 pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
-    let Parts { folder, index, place, .. } = *parts;
+    let Parts { source, index, place, .. } = *parts;
     let output = ClipOutput { states: States::Penultimate, pooled: Pooled::No };
     let has_first = index.get("text_encoder").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
-    let text = if has_first { Some(ClipText::load(folder, "text_encoder", "tokenizer", output, place)?) } else { None };
+    let text = if has_first { Some(ClipText::load(source, "text_encoder", "tokenizer", output, place)?) } else { None };
     let output = ClipOutput { pooled: Pooled::Projected, ..output };
-    let text_2 = ClipText::load(folder, "text_encoder_2", "tokenizer_2", output, place)?;
-    let unet = UNet::load(&folder.join("unet"), place)?;
+    let text_2 = ClipText::load(source, "text_encoder_2", "tokenizer_2", output, place)?;
+    let unet = UNet::load(source.part("unet"), place)?;
 
     check_channels(parts, &unet)?;
     let width = text.as_ref().map_or(0, ClipText::width) + text_2.width();
@@ -44,7 +44,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let scored = index.flag("requires_aesthetics_score", false)?;
     let Some(added) = unet.config.added else {
         let problem = "`addition_embed_type` must be `text_time` for Stable Diffusion XL";
-        return Err(Error::checkpoint(&folder.join("unet/config.json"), problem));
+        return Err(Error::checkpoint(source.path("unet").join("config.json"), problem));
     };
     let told = text_2.encoder.pooled_width() + added.waves * if scored { 5 } else { 6 };
     let what = "the pooled width of `text_encoder_2` and the waves of the sizes together";

@@ -68,6 +68,7 @@ impl SamplerConfig {
     ///
     /// # Errors
     /// As [`SamplerConfig::from_json`], and where the text is not JSON.
+    #[cfg(test)]
     pub fn parse(text: &str) -> Result<Self> {
         let value = serde_json::from_str(&quote_infinities(text))
             .map_err(|error| Error::checkpoint(CONFIG_FILE, format!("not JSON: {error}")))?;

@@ -2,14 +2,12 @@
 //!
 //! Reference: <https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py>
 
-use std::path::Path;
-
 use serde_json::json;
 
 use crate::config::ConfigFile;
 use crate::ops::{self, Activation, LayerNorm, Linear, Mask, Place, Tensor};
 use crate::text::Embedding;
-use crate::weights::{Scope, Weights};
+use crate::weights::{Part, Scope};
 use crate::{Error, Result};
 
 /// Which states of an encoder a family listens to.
@@ -107,10 +105,11 @@ pub(crate) struct ClipEncoder {
 }
 
 impl ClipEncoder {
-    /// Loads a `text_encoder` folder.
-    pub fn load(folder: &Path, output: ClipOutput, place: &Place) -> Result<Self> {
-        let config = ClipConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "model", place)?;
+    /// Loads a `text_encoder`.
+    pub fn load(part: impl Into<Part>, output: ClipOutput, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = ClipConfig::read(&part.config()?)?;
+        let weights = part.weights("model", place)?;
         // transformers 5 writes the encoder's tensors without the prefix that its predecessors had.
         let prefixed = weights.contains("text_model.embeddings.token_embedding.weight");
         let scope = if prefixed { weights.root().at("text_model") } else { weights.root() };

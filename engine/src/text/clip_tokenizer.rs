@@ -4,8 +4,10 @@
 //! Reference: <https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/tokenization_clip.py>
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
+use flate2::read::GzDecoder;
 use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::replace::ReplacePattern;
@@ -23,6 +25,12 @@ const END: &str = "<|endoftext|>";
 
 /// What one word or number or run of signs is, before byte pairs are merged.
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// The byte pairs of OpenAI's CLIP, most frequent first; see the README beside them.
+const VOCABULARY: &str = "bpe_simple_vocab_16e6.txt.gz";
+const CLIP_PAIRS: &[u8] = include_bytes!("../../assets/clip/bpe_simple_vocab_16e6.txt.gz");
+/// As many of them as CLIP uses: its vocabulary without the bytes and the two special tokens.
+const CLIP_MERGES: usize = 49_152 - 256 - 2;
 
 /// Turns prompts into a fixed number of token ids.
 pub(crate) struct ClipTokenizer {
@@ -48,9 +56,23 @@ impl ClipTokenizer {
     /// Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, and the special tokens of
     /// `tokenizer_config.json` and `special_tokens_map.json`. Prompts become `most` ids at most.
     pub fn load(folder: &Path, most: usize, vocabulary: usize) -> Result<Self> {
-        let refuse = |problem: String| Error::checkpoint(folder, problem);
         let (vocab, merges, listed) = read_vocabulary(folder)?;
-        let special = Special::read(folder, listed)?;
+        Self::build(folder, (vocab, merges), &Special::read(folder, listed)?, most, vocabulary)
+    }
+
+    /// CLIP's own, for files that leave it out. Prompts are padded with `pad`.
+    pub fn known(pad: &str, most: usize, vocabulary: usize) -> Result<Self> {
+        Self::build(Path::new(VOCABULARY), clip_vocabulary()?, &Special::known(pad), most, vocabulary)
+    }
+
+    fn build(
+        origin: &Path,
+        (vocab, merges): (Vocab, Merges),
+        special: &Special,
+        most: usize,
+        vocabulary: usize,
+    ) -> Result<Self> {
+        let refuse = |problem: String| Error::checkpoint(origin, problem);
         let role = |index: usize| special.roles[&index].content.clone();
         let text = |error: tokenizers::Error| refuse(error.to_string());
 
@@ -115,6 +137,33 @@ impl ClipTokenizer {
         ids.resize(self.length, self.pad);
         Ok(ids)
     }
+}
+
+/// CLIP's vocabulary: all bytes, all bytes that end a word, the merges in their order, start and end.
+fn clip_vocabulary() -> Result<(Vocab, Merges)> {
+    let refuse = |problem: String| Error::checkpoint(VOCABULARY, problem);
+    let mut text = String::new();
+    GzDecoder::new(CLIP_PAIRS).read_to_string(&mut text).map_err(|error| refuse(error.to_string()))?;
+    let lines = text.lines().skip(1).take(CLIP_MERGES);
+    let merges: Option<Merges> =
+        lines.map(|line| line.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()))).collect();
+    let merges = merges.filter(|merges| merges.len() == CLIP_MERGES);
+    let merges = merges.ok_or_else(|| refuse(format!("must hold {CLIP_MERGES} pairs")))?;
+    let bytes = byte_signs();
+    let ends = bytes.iter().map(|sign| format!("{sign}</w>"));
+    let merged = merges.iter().map(|(left, right)| format!("{left}{right}"));
+    let tokens = bytes.iter().map(char::to_string).chain(ends).chain(merged).chain([START, END].map(str::to_owned));
+    let vocab = tokens.zip(0..).collect();
+    Ok((vocab, merges))
+}
+
+/// The sign that stands for each byte, in the order of their ids: bytes that can be printed stand for
+/// themselves and come first.
+fn byte_signs() -> Vec<char> {
+    let printed = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let others = (0..=u8::MAX).filter(|byte| !printed(byte)).zip(256u32..);
+    let others = others.filter_map(|(_, sign)| char::from_u32(sign));
+    (0..=u8::MAX).filter(printed).map(char::from).chain(others).collect()
 }
 
 /// The vocabulary and merges, and the added tokens that `tokenizer.json` lists.
@@ -199,6 +248,12 @@ impl Special {
         Ok(Self { roles, added, model_max_length: model_max_length.and_then(Value::as_u64) })
     }
 
+    /// CLIP's own, with another token to pad with.
+    fn known(pad: &str) -> Self {
+        let tokens = [START, END, END, pad].map(|content| AddedToken::from(content, true));
+        Self { roles: tokens.into_iter().enumerate().collect(), added: BTreeMap::new(), model_max_length: None }
+    }
+
     /// Those with ids in their order, then the roles that these lack. Two roles may name one text with
     /// different properties; the later one's hold, as in transformers.
     fn in_order(&self) -> Vec<AddedToken> {
@@ -273,6 +328,21 @@ mod tests {
             std::fs::write(folder.path().join("special_tokens_map.json"), map.to_string()).unwrap();
             let ids = ClipTokenizer::load(folder.path(), 77, 632).unwrap().ids("<|ENDOFTEXT|> star").unwrap();
             assert_eq!(ids[1] == 631, is_end, "{pad}");
+        }
+    }
+
+    #[test]
+    fn clips_own_vocabulary_gives_the_token_ids_of_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/original/tokens.json");
+        let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        for pad in ["!", END] {
+            let tokenizer = ClipTokenizer::known(pad, 77, 49_408).unwrap();
+            let prompts = golden["prompts"].as_array().unwrap().iter().map(|prompt| prompt.as_str().unwrap());
+            let expected = golden["ids"][pad].as_array().unwrap();
+            assert!(expected.len() >= 6);
+            for (prompt, expected) in prompts.zip(expected) {
+                assert_eq!(serde_json::json!(tokenizer.ids(prompt).unwrap()), *expected, "{pad}: {prompt}");
+            }
         }
     }
 

@@ -7,10 +7,9 @@ mod sentencepiece;
 mod t5;
 mod t5_tokenizer;
 
-use std::path::Path;
-
 use crate::Result;
 use crate::ops::{Place, Tensor};
+use crate::source::{Source, TokenizerFiles};
 
 pub use cache::CacheCounts;
 pub(crate) use cache::EmbeddingCache;
@@ -44,11 +43,20 @@ pub(crate) struct ClipText {
 }
 
 impl ClipText {
-    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`.
-    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, output: ClipOutput, place: &Place) -> Result<Self> {
-        let encoder = ClipEncoder::load(&folder.join(name), output, place)?;
+    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    pub fn load(
+        source: &Source,
+        name: &'static str,
+        tokenizer: &str,
+        output: ClipOutput,
+        place: &Place,
+    ) -> Result<Self> {
+        let encoder = ClipEncoder::load(source.part(name), output, place)?;
         let (positions, vocabulary) = (encoder.config.positions, encoder.config.vocabulary);
-        let tokenizer = ClipTokenizer::load(&folder.join(tokenizer), positions, vocabulary)?;
+        let tokenizer = match source.tokenizer(tokenizer) {
+            TokenizerFiles::Folder(folder) => ClipTokenizer::load(&folder, positions, vocabulary)?,
+            TokenizerFiles::Clip { pad } => ClipTokenizer::known(pad, positions, vocabulary)?,
+        };
         Ok(Self { name, tokenizer, encoder })
     }
 
@@ -77,10 +85,10 @@ pub(crate) struct T5Text {
 }
 
 impl T5Text {
-    /// Loads the folders `name` and `tokenizer` of a checkpoint's `folder`.
-    pub fn load(folder: &Path, name: &'static str, tokenizer: &str, place: &Place) -> Result<Self> {
-        let encoder = T5Encoder::load(&folder.join(name), place)?;
-        let tokenizer = T5Tokenizer::load(&folder.join(tokenizer), encoder.config.vocabulary)?;
+    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    pub fn load(source: &Source, name: &'static str, tokenizer: &str, place: &Place) -> Result<Self> {
+        let encoder = T5Encoder::load(source.part(name), place)?;
+        let tokenizer = T5Tokenizer::load(&source.path(tokenizer), encoder.config.vocabulary)?;
         Ok(Self { name, tokenizer, encoder })
     }
 
@@ -89,7 +97,7 @@ impl T5Text {
         self.encoder.config.width
     }
 
-    /// What it makes of a prompt as `tokens` tokens, computed or remembered.
+    /// What it makes of a prompt as so many `tokens`, computed or remembered.
     pub fn embed(&self, prompt: &str, tokens: usize, cache: &EmbeddingCache) -> Result<Embedding> {
         cache.get_or(self.name, &format!("{tokens} {prompt}"), || {
             let states = self.encoder.forward(&self.tokenizer.ids(prompt, tokens)?)?;

@@ -3,13 +3,11 @@
 //! Reference: Raffel et al. 2020, <https://arxiv.org/abs/1910.10683>;
 //! <https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/t5/modeling_t5.py>
 
-use std::path::Path;
-
 use serde_json::json;
 
 use crate::config::ConfigFile;
 use crate::ops::{self, Activation, Linear, Place, RmsNorm, Tensor};
-use crate::weights::{Scope, Weights};
+use crate::weights::{Part, Scope};
 use crate::{Error, Result};
 
 /// The sizes that a T5 encoder's `config.json` gives.
@@ -92,11 +90,12 @@ pub(crate) struct T5Encoder {
 }
 
 impl T5Encoder {
-    /// Loads a folder. States grow beyond what `f16` holds: where that is asked for on a device, they are `bf16` up to
+    /// Loads an encoder. States grow beyond what `f16` holds: where that is asked for on a device, they are `bf16` up to
     /// the final norm.
-    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
-        let config = T5Config::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "model", &place.with_wide_range())?;
+    pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = T5Config::read(&part.config()?)?;
+        let weights = part.weights("model", &place.with_wide_range())?;
         let (root, encoder) = (weights.root(), weights.root().at("encoder"));
         let shared = "shared.weight";
         let embedding = if weights.contains(shared) { root.at("shared") } else { encoder.at("embed_tokens") };

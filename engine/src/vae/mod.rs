@@ -12,11 +12,8 @@ mod middle;
 mod bands;
 mod memory;
 
-use std::path::Path;
-
-use crate::config::ConfigFile;
 use crate::ops::{self, Conv2d, ConvShape, Place, Tensor};
-use crate::weights::Weights;
+use crate::weights::Part;
 use crate::{Error, Result};
 
 pub(crate) use config::VaeConfig;
@@ -36,12 +33,13 @@ pub(crate) struct Vae {
 }
 
 impl Vae {
-    /// Loads a `vae` folder.
-    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
-        let config = VaeConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
+    /// Loads a `vae`.
+    pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = VaeConfig::read(&part.config()?)?;
         // f16 cannot hold the activations of decoders that say so.
         let place = if config.force_upcast { &place.in_f32() } else { place };
-        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
+        let weights = part.weights("diffusion_pytorch_model", place)?;
         let root = weights.root();
         let pointwise = |name: &str, channels: usize| root.at(name).conv2d(channels, channels, 1, ConvShape::same(1));
         let latent = config.latent_channels;

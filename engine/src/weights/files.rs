@@ -11,7 +11,7 @@ const VARIANTS: [&str; 3] = ["fp16", "bf16", "non_ema"];
 
 /// The files of `folder` that hold `stem`: one safetensors file, the shards that an index lists, or one GGUF
 /// file of whatever name.
-pub(super) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
+pub(crate) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
     let whole = |variant: Option<&str>| match variant {
         None => format!("{stem}.safetensors"),
         Some(variant) => format!("{stem}.{variant}.safetensors"),

@@ -22,7 +22,7 @@ const MOST_DIMENSIONS: u32 = 8;
 const DEEPEST: usize = 4;
 
 /// A tensor of the file.
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub name: String,
     /// Its format, or the word for one that cannot be read.
     pub format: Result<Format, String>,

@@ -4,6 +4,8 @@
 mod files;
 mod gguf;
 mod layers;
+mod original;
+mod part;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
@@ -17,8 +19,10 @@ use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use self::gguf::Entry;
-
+pub(crate) use self::files::find;
+pub(crate) use self::gguf::Entry;
+pub(crate) use self::original::SingleFile;
+pub(crate) use self::part::Part;
 use crate::ops::{Parameter, Place, Stored as Format, Tensor};
 use crate::{Error, Result};
 
@@ -35,12 +39,27 @@ pub(crate) struct Weights {
 }
 
 /// A tensor in a file.
+#[derive(Clone)]
 struct Stored {
     map: usize,
     bytes: Range<usize>,
     /// Its format, or the word for one that cannot be read.
     format: Result<Format, String>,
+    /// As it is read, whatever the order of its bytes.
     shape: Vec<usize>,
+    order: Order,
+}
+
+/// How the bytes of a tensor lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Plain,
+    /// The second half of its rows first.
+    HalvesSwapped,
+    /// Columns first.
+    Transposed,
+    /// There are none: it is the identity.
+    Identity,
 }
 
 /// What the model's construction has asked for so far.
@@ -62,7 +81,7 @@ impl Weights {
             place: place.clone(),
             seen: RefCell::default(),
         };
-        for path in files::find(folder, stem)? {
+        for path in find(folder, stem)? {
             weights.add(&path)?;
         }
         Ok(weights)
@@ -70,16 +89,10 @@ impl Weights {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::checkpoint(path, problem);
-        let file = File::open(path).map_err(|error| refuse(error.to_string()))?;
-        // SAFETY: the map is read-only. As with every mapped weight file, the file must not be
-        // truncated while it is being loaded; it is unmapped once the part is built.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| refuse(error.to_string()))?;
-        let map = Arc::new(map);
+        let map = map_file(path)?;
         prefetch(Arc::clone(&map));
-        let entries = if gguf::is_gguf(&map) { gguf::read(&map) } else { read_safetensors(&map) }.map_err(refuse)?;
-        for Entry { name, format, shape, bytes } in entries {
-            let stored = Stored { map: self.maps.len(), bytes, format, shape };
+        for Entry { name, format, shape, bytes } in entries(path, &map)? {
+            let stored = Stored { map: self.maps.len(), bytes, format, shape, order: Order::Plain };
             if let Some(twice) = self.stored.insert(name.clone(), stored) {
                 let other =
                     if twice.map == self.maps.len() { "there twice" } else { "also in another file of this part" };
@@ -88,6 +101,11 @@ impl Weights {
         }
         self.maps.push(map);
         Ok(())
+    }
+
+    /// The tensors of a part within a mapped file, under our names.
+    fn of(path: PathBuf, map: Arc<Mmap>, stored: HashMap<String, Stored>, place: &Place) -> Self {
+        Self { folder: path, maps: vec![map], stored, place: place.clone(), seen: RefCell::default() }
     }
 
     /// The scope without a prefix.
@@ -160,9 +178,22 @@ impl Weights {
     }
 
     fn parameter(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Parameter<'_>> {
-        match &stored.format {
-            Ok(format) => Ok(Parameter::new(&self.maps[stored.map][stored.bytes.clone()], *format, shape)),
-            Err(word) => {
+        let bytes = &self.maps[stored.map][stored.bytes.clone()];
+        match (&stored.format, stored.order) {
+            (Ok(format), Order::Plain) => Ok(Parameter::new(bytes, *format, shape)),
+            (Ok(format), Order::HalvesSwapped) => {
+                let (first, second) = bytes.split_at(bytes.len() / 2);
+                Ok(Parameter::new([second, first].concat(), *format, shape))
+            }
+            (Ok(format), Order::Transposed) => {
+                Ok(Parameter::new(transposed(bytes, format.block().1, shape), *format, shape))
+            }
+            (Ok(_), Order::Identity) => {
+                let side = shape[0];
+                let value = |index: usize| if index / side == index % side { 1.0 } else { 0.0 };
+                Ok(Parameter::from_values(&(0..side * side).map(value).collect::<Vec<f32>>(), shape))
+            }
+            (Err(word), _) => {
                 let readable = "f32, f16, bf16, f64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K";
                 let problem = format!("tensor `{name}` has format {word}; {readable} can be read");
                 Err(Error::checkpoint(&self.folder, problem))
@@ -176,6 +207,49 @@ impl Weights {
             release(&self.maps[stored.map], stored.bytes.clone());
         }
     }
+}
+
+/// Maps a file.
+fn map_file(path: &Path) -> Result<Arc<Mmap>> {
+    let file = File::open(path).map_err(|error| Error::checkpoint(path, error))?;
+    // SAFETY: the map is read-only. As with every mapped weight file, the file must not be
+    // truncated while it is being loaded; it is unmapped once its parts are built.
+    #[allow(unsafe_code)]
+    let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::checkpoint(path, error))?;
+    Ok(Arc::new(map))
+}
+
+/// What tensors come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Container {
+    Safetensors,
+    Gguf,
+}
+
+/// What a file's header says: its container, its length and its tensors.
+pub(crate) fn read_header(path: &Path) -> Result<(Container, usize, Vec<Entry>)> {
+    let map = map_file(path)?;
+    let container = if gguf::is_gguf(&map) { Container::Gguf } else { Container::Safetensors };
+    Ok((container, map.len(), entries(path, &map)?))
+}
+
+/// The tensors of a mapped file, whichever container it is.
+fn entries(path: &Path, map: &Mmap) -> Result<Vec<Entry>> {
+    let entries = if gguf::is_gguf(map) { gguf::read(map) } else { read_safetensors(map) };
+    entries.map_err(|problem| Error::checkpoint(path, problem))
+}
+
+/// A matrix of `shape` from one whose columns are stored as rows, each value `each` bytes.
+fn transposed(bytes: &[u8], each: usize, shape: &[usize]) -> Vec<u8> {
+    let (rows, columns) = (shape[0], shape[1]);
+    let mut values = Vec::with_capacity(bytes.len());
+    for row in 0..rows {
+        for column in 0..columns {
+            let at = (column * rows + row) * each;
+            values.extend_from_slice(&bytes[at..at + each]);
+        }
+    }
+    values
 }
 
 /// The tensors of a safetensors file, or what is wrong with it.

@@ -1,11 +1,15 @@
 //! The engine's public face: folders of weights in, pictures out.
 
+mod recipe;
 mod support;
 
+mod flux;
 mod init_images;
+mod inspect;
 mod load_errors;
 mod mixed_batch;
 mod pictures;
 mod precision;
 mod requests;
 mod sd3;
+mod single_file;

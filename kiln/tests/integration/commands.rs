@@ -70,6 +70,27 @@ fn models_lists_the_demo_checkpoint_and_the_configured_ones() {
 }
 
 #[test]
+fn models_inspect_tells_what_a_folder_is_and_refuses_a_pickle() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/checkpoints/sd2");
+    let output = kiln(home.path()).args(["models", "inspect", folder, "--json", "--tensors"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).expect(&stderr(&output));
+    assert_eq!((&report["family"], &report["layout"]), (&"sd2".into(), &"diffusers".into()));
+    let file = &report["files"][1];
+    let hash = file["sha256"].as_str().unwrap();
+    assert!(hash.len() == 64 && hash.starts_with(file["autov2"].as_str().unwrap()), "{hash}");
+    assert_eq!(file["tensors"][0]["format"], "F16");
+    let brief = kiln(home.path()).args(["models", "inspect", folder, "--json"]).output().unwrap();
+    let brief: serde_json::Value = serde_json::from_str(&stdout(&brief)).unwrap();
+    assert!(brief["files"][1].get("tensors").is_none() && brief["parts"][1]["tensors"].as_u64().unwrap() > 100);
+
+    std::fs::write(home.path().join("old.ckpt"), b"PK").unwrap();
+    let output = kiln(home.path()).args(["models", "inspect", "old.ckpt"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("can run code") && stderr(&output).contains("old.ckpt"), "{}", stderr(&output));
+}
+
+#[test]
 fn key_prints_the_key_alone_on_standard_output_and_its_hash_beside() {
     let home = tempfile::tempdir().unwrap();
     let output = kiln(home.path()).args(["key", "ann"]).output().unwrap();

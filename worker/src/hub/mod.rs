@@ -14,7 +14,7 @@ use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use tokio_util::sync::CancellationToken;
 
 use self::web::{Web, disk};
-use crate::resolve::{HubId, INDEX, ResolveError, is_plain, needed};
+use crate::resolve::{HubId, INDEX, ResolveError, Wanted, is_plain, needed};
 
 type Result<T, E = ResolveError> = std::result::Result<T, E>;
 
@@ -34,12 +34,12 @@ impl Hub {
         Self { cache, offline: config.offline, web: Web::new(config.hub_endpoint.as_deref(), token, stop) }
     }
 
-    /// The snapshot folder of a repository, with every file that rendering needs.
-    pub(crate) fn folder(&self, id: &HubId) -> Result<PathBuf> {
+    /// The snapshot folder of a repository, with every file that is wanted.
+    pub(crate) fn folder(&self, id: &HubId, wanted: Wanted) -> Result<PathBuf> {
         let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
         let cached = self.cached(&repo);
         let lacking = match &cached {
-            Some(folder) => match lacking(folder) {
+            Some(folder) => match lacking(folder, wanted) {
                 Ok(()) => return Ok(folder.clone()),
                 Err(lacking) => lacking,
             },
@@ -53,7 +53,7 @@ impl Hub {
             )));
         }
         tracing::info!(checkpoint = name, revision, missing = lacking, "downloading from the hub");
-        self.download(id, &self.cache.repo(repo))
+        self.download(id, &self.cache.repo(repo), wanted)
     }
 
     /// The folder of the commit that a revision stood for when it was last seen.
@@ -65,7 +65,7 @@ impl Hub {
         folder.is_dir().then_some(folder)
     }
 
-    fn download(&self, id: &HubId, repo: &CacheRepo) -> Result<PathBuf> {
+    fn download(&self, id: &HubId, repo: &CacheRepo, wanted: Wanted) -> Result<PathBuf> {
         let info = self.web.info(id)?;
         let folder = repo.pointer_path(&info.sha);
         let files: Vec<_> = info.siblings.into_iter().map(|file| file.rfilename).filter(|file| is_file(file)).collect();
@@ -76,10 +76,10 @@ impl Hub {
         }
         self.fetch(id, &info.sha, INDEX, repo)?;
         let index = read_index(&folder).map_err(incomplete)?;
-        for file in needed(&index, &files).map_err(incomplete)? {
+        for file in needed(&index, &files, wanted).map_err(incomplete)? {
             self.fetch(id, &info.sha, &file, repo)?;
         }
-        // Last: a revision that is in the cache is there whole.
+        // Last: a revision that is in the cache is there whole, but for what was not wanted yet.
         repo.create_ref(&info.sha).map_err(disk)?;
         Ok(folder)
     }
@@ -121,7 +121,7 @@ fn read_index(folder: &Path) -> Result<serde_json::Value, String> {
 }
 
 /// What a snapshot folder lacks for rendering.
-fn lacking(folder: &Path) -> Result<(), String> {
+fn lacking(folder: &Path, wanted: Wanted) -> Result<(), String> {
     let index = read_index(folder)?;
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
@@ -133,7 +133,7 @@ fn lacking(folder: &Path) -> Result<(), String> {
             }
         }
     }
-    needed(&index, &files).map(drop)
+    needed(&index, &files, wanted).map(drop)
 }
 
 /// Links a file of a snapshot to its blob, relative as Python does it: the cache can be moved.

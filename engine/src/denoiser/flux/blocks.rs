@@ -168,14 +168,6 @@ impl SingleBlock {
         let [q, k, v] = self.projections.forward(&normal)?;
         let attended = attend([&q, &k, &v], conditions.rotation, self.heads)?;
         let inner = self.proj_mlp.forward(&normal)?;
-        self.proj_out.forward_gated(&beside(&attended, &inner)?, gate, x)
+        self.proj_out.forward_gated(&ops::concat_channels(&attended, &inner)?, gate, x)
     }
-}
-
-/// The channels of one after those of the other.
-fn beside(left: &Tensor, right: &Tensor) -> Result<Tensor> {
-    let ((rows, tokens, of_left), of_right) = (left.dims3()?, right.dims3()?.2);
-    let as_map = |x: &Tensor, channels| x.reshape(&[rows, tokens, 1, channels]);
-    let joined = ops::concat_channels(&as_map(left, of_left)?, &as_map(right, of_right)?)?;
-    joined.reshape(&[rows, tokens, of_left + of_right])
 }

@@ -2,11 +2,9 @@
 
 use serde_json::json;
 
+use super::SIDE;
 use crate::Result;
 use crate::config::ConfigFile;
-
-/// Latent values along a side of a patch, which is one token.
-pub(super) const SIDE: usize = 2;
 
 /// The transformer's sizes.
 pub(crate) struct FluxConfig {
@@ -61,10 +59,5 @@ impl FluxConfig {
     /// Width of a token within the transformer.
     pub fn width(&self) -> usize {
         self.heads * self.head_width
-    }
-
-    /// Channels of a latent.
-    pub fn latent_channels(&self) -> usize {
-        self.in_channels / (SIDE * SIDE)
     }
 }

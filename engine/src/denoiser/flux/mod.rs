@@ -5,23 +5,24 @@
 
 mod blocks;
 mod config;
-mod patches;
-
-use std::path::Path;
+mod places;
 
 use self::blocks::{Conditions, DoubleBlock, SingleBlock};
-use self::config::{FluxConfig, SIDE};
+use self::config::FluxConfig;
 use super::embedding::{VectorEmbedding, Waves};
+use super::patches::{Order, from_patches, into_patches};
 use crate::Result;
-use crate::config::ConfigFile;
 use crate::ops::{self, LayerNorm, Linear, Place, Rotation, Tensor};
-use crate::weights::Weights;
+use crate::weights::Part;
 
 /// What time and guidance become.
 const WAVES: Waves = Waves { width: 256, flip_sin_to_cos: true, freq_shift: 0.0 };
 
 /// What the time is counted in: the transformer was made for times from 0 to 1.
 const TIMES: f32 = 1000.0;
+
+/// Latent values along a side of a patch, which is one token.
+pub(crate) const SIDE: usize = 2;
 
 /// A denoiser that takes one timestep, and one guidance where it listens to that, per row.
 pub(crate) struct FluxTransformer {
@@ -55,10 +56,11 @@ pub(crate) struct FluxInputs<'a> {
 }
 
 impl FluxTransformer {
-    /// Loads a `transformer` folder.
-    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
-        let config = FluxConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
+    /// Loads a `transformer`.
+    pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = FluxConfig::read(&part.config()?)?;
+        let weights = part.weights("diffusion_pytorch_model", place)?;
         let (root, width) = (weights.root(), config.width());
         let embedders = root.at("time_text_embed");
         let embedder = |name: &str, inputs| VectorEmbedding::load(&embedders.at(name), inputs, width);
@@ -95,9 +97,10 @@ impl FluxTransformer {
         let [rows, _, height, width] = dims;
         let grid = [height / SIDE, width / SIDE];
         let tokens = [rows, grid[0] * grid[1], self.config.in_channels];
-        let patches = Tensor::new(&patches::pack(sample, dims), &tokens, &self.place)?;
+        let patches = into_patches(sample, dims, SIDE, Order::ChannelsFirst);
+        let patches = Tensor::new(&patches, &tokens, &self.place)?;
         let words = inputs.prompts.dims3()?.1;
-        let angles = patches::angles(&self.config.axes, words, grid);
+        let angles = places::angles(&self.config.axes, words, grid);
         let rotation = Rotation::new(&angles, self.config.head_width, &self.place)?;
         let time = ops::silu(&self.embed(inputs)?)?;
         let conditions = Conditions { time: &time, rotation: &rotation };
@@ -114,7 +117,7 @@ impl FluxTransformer {
         let (_, picture) = ops::split_tokens(&joined, words)?;
         let modulation = ops::split_channels(&self.norm_out_linear.forward(&time)?, 2)?;
         let normal = self.norm_out.forward_modulated(&picture, &modulation[0], &modulation[1])?;
-        Ok(patches::unpack(&self.proj_out.forward(&normal)?.to_values()?, dims))
+        Ok(from_patches(&self.proj_out.forward(&normal)?.to_values()?, dims, SIDE, Order::ChannelsFirst))
     }
 
     /// (rows, width): time, guidance and pooled prompt as one vector.

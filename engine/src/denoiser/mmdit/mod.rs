@@ -8,17 +8,14 @@ mod block;
 mod config;
 mod positions;
 
-use std::path::Path;
-
 use self::block::{EPSILON, JointBlock};
 use self::config::MmditConfig;
 use self::positions::Positions;
 use super::embedding::{VectorEmbedding, Waves};
 use super::patches::{Order, from_patches, into_patches};
 use crate::Result;
-use crate::config::ConfigFile;
 use crate::ops::{self, LayerNorm, Linear, Place, Tensor};
-use crate::weights::Weights;
+use crate::weights::Part;
 
 /// Sinusoids of a timestep.
 const WAVES: Waves = Waves { width: 256, flip_sin_to_cos: true, freq_shift: 0.0 };
@@ -50,10 +47,11 @@ pub(crate) struct Prompts<'a> {
 }
 
 impl Mmdit {
-    /// Loads a `transformer` folder.
-    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
-        let config = MmditConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
+    /// Loads a `transformer`.
+    pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = MmditConfig::read(&part.config()?)?;
+        let weights = part.weights("diffusion_pytorch_model", place)?;
         let root = weights.root();
         let (width, patch, side) = (config.width(), config.patch, config.most_tokens);
         let positions = if weights.contains("pos_embed.pos_embed") {

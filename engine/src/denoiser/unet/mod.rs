@@ -6,15 +6,12 @@ mod blocks;
 mod config;
 mod transformer;
 
-use std::path::Path;
-
 use self::blocks::{Conditions, DownBlock, MidBlock, UpBlock};
 use self::config::UNetConfig;
 use super::embedding::{VectorEmbedding, Waves};
 use crate::Result;
-use crate::config::ConfigFile;
 use crate::ops::{self, Conv2d, ConvShape, GroupNorm, Place, Tensor};
-use crate::weights::Weights;
+use crate::weights::Part;
 
 /// What SDXL's U-Nets are told beside timestep and prompt.
 #[derive(Clone, Copy)]
@@ -43,10 +40,11 @@ pub(crate) struct UNet {
 }
 
 impl UNet {
-    /// Loads a `unet` folder.
-    pub fn load(folder: &Path, place: &Place) -> Result<Self> {
-        let config = UNetConfig::read(&ConfigFile::read(&folder.join("config.json"))?)?;
-        let weights = Weights::open(folder, "diffusion_pytorch_model", place)?;
+    /// Loads a `unet`.
+    pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
+        let part = part.into();
+        let config = UNetConfig::read(&part.config()?)?;
+        let weights = part.weights("diffusion_pytorch_model", place)?;
         let root = weights.root();
         let (levels, outer) = (config.levels.len(), config.levels[0].channels);
         let same = ConvShape::same;

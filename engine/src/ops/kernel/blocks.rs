@@ -27,6 +27,20 @@ pub(in crate::ops) const STRETCH: usize = 32;
 pub(in crate::ops) type Lines<const L: usize> = [[f32; L]; STRETCH];
 
 impl Quantisation {
+    /// The word that people know it by.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
+        }
+    }
+
     /// All of them.
     #[cfg(test)]
     pub const ALL: [Self; 8] =

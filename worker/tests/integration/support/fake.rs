@@ -1,13 +1,13 @@
 //! A renderer that paints each job in the colour of its seed. What it may do and how it fails is up to
 //! the stage it performs on and to words in the prompts.
 
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use engine::InitImage;
 use farm::spec::RenderSpec;
 use image::{Rgb, RgbImage};
+use worker::resolve::Located;
 use worker::{RenderError, Renderer, RowBatch, Stepped};
 
 /// What the test and the renderer share.
@@ -83,9 +83,9 @@ impl Renderer for FakeRenderer {
     type Latent = RenderSpec;
     type Batch = FakeBatch;
 
-    fn load(&mut self, folder: &Path) -> Result<(), RenderError> {
+    fn load(&mut self, located: &Located) -> Result<(), RenderError> {
         let mut state = self.0.state();
-        state.loads.push(folder.file_name().unwrap().to_string_lossy().into_owned());
+        state.loads.push(located.path.file_name().unwrap().to_string_lossy().into_owned());
         state.load_error.clone().map_or(Ok(()), Err)
     }
 

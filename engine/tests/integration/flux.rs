@@ -1,0 +1,179 @@
+//! FLUX: whole pictures against diffusers', mixed batches, and what it refuses.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use engine::{Checkpoint, Error, Latent, Precision, RowId, RowRequest, RunningBatch, render};
+use image::RgbImage;
+use serde::Deserialize;
+
+use crate::support::{checkpoint, copy_of, cpu, fixtures, folder, request};
+
+const CHECKPOINTS: [&str; 2] = ["flux_dev", "flux_schnell"];
+
+/// One entry of `flux_pictures.json`.
+#[derive(Deserialize)]
+struct Golden {
+    checkpoint: String,
+    file: String,
+    prompt: String,
+    negative_prompt: String,
+    width: usize,
+    height: usize,
+    steps: usize,
+    guidance_scale: f64,
+    true_cfg_scale: f64,
+    max_sequence_length: Option<usize>,
+    seed: u64,
+}
+
+impl Golden {
+    fn request(&self) -> RowRequest {
+        RowRequest {
+            negative_prompt: self.negative_prompt.clone(),
+            width: self.width,
+            height: self.height,
+            steps: self.steps,
+            guidance_scale: self.guidance_scale,
+            true_cfg_scale: Some(self.true_cfg_scale),
+            max_sequence_length: self.max_sequence_length,
+            seed: self.seed,
+            ..request(&self.prompt)
+        }
+    }
+}
+
+/// How far a checkpoint's pictures are from diffusers' at most, and how many there are.
+fn worst(name: &str, checkpoint: &Arc<Checkpoint>) -> (u8, usize) {
+    let list = std::fs::read_to_string(fixtures().join("flux_pictures.json")).unwrap();
+    let goldens: Vec<Golden> = serde_json::from_str(&list).unwrap();
+    let mut worst = (0, 0);
+    for golden in goldens.iter().filter(|golden| golden.checkpoint == name) {
+        let expected = image::open(fixtures().join("pictures").join(&golden.file)).unwrap().into_rgb8();
+        let got = render(checkpoint, &golden.request(), |_, _| {}).unwrap();
+        worst = (largest_difference(&got, &expected).max(worst.0), worst.1 + 1);
+    }
+    println!("{name}: {worst:?}");
+    worst
+}
+
+fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
+    assert_eq!(got.dimensions(), expected.dimensions());
+    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn every_picture_is_at_most_one_level_off_diffusers() {
+    for name in CHECKPOINTS {
+        let (difference, count) = worst(name, &checkpoint(name));
+        assert!(difference <= 1 && count >= 3, "{name}: {count} pictures are up to {difference} off");
+    }
+}
+
+/// Rows of one size that differ in everything else.
+fn rows() -> Vec<RowRequest> {
+    let base = |prompt: &str, steps, guidance_scale, seed| {
+        let (width, height) = (64, 48);
+        RowRequest { width, height, steps, guidance_scale, seed, ..request(prompt) }
+    };
+    vec![
+        base("a small red star on a blue background", 6, 3.5, 1),
+        RowRequest { true_cfg_scale: Some(2.0), ..base("a green ring", 3, 1.0, 2) },
+        RowRequest { max_sequence_length: Some(40), ..base("", 7, 0.0, 3) },
+        RowRequest {
+            true_cfg_scale: Some(4.5),
+            negative_prompt: "a black square".to_owned(),
+            ..base("a white diamond", 5, 10.0, 4)
+        },
+    ]
+}
+
+fn step(batch: &mut RunningBatch, finished: &mut BTreeMap<RowId, Latent>) {
+    for step in batch.step(&batch.rows()).unwrap() {
+        finished.extend(step.latent.map(|latent| (step.id, latent)));
+    }
+}
+
+fn rows_equal_rows_alone(model: &Arc<Checkpoint>, what: &str) {
+    let (mut together, mut finished) = (RunningBatch::new(Arc::clone(model), 64, 48), BTreeMap::new());
+    for (id, request) in (0..).zip(&rows()) {
+        together.join(id, request).unwrap();
+        // Rows are at different steps when the next one comes.
+        step(&mut together, &mut finished);
+    }
+    while !together.is_empty() {
+        step(&mut together, &mut finished);
+    }
+    for (id, request) in (0..).zip(&rows()) {
+        let (mut alone, mut own) = (RunningBatch::new(Arc::clone(model), 64, 48), BTreeMap::new());
+        alone.join(id, request).unwrap();
+        while !alone.is_empty() {
+            step(&mut alone, &mut own);
+        }
+        assert!(finished[&id] == own[&id], "{what}: row {id} differs from the row alone");
+    }
+}
+
+#[test]
+fn a_row_of_a_mixed_batch_equals_the_row_alone_bit_for_bit() {
+    for name in CHECKPOINTS {
+        rows_equal_rows_alone(&checkpoint(name), name);
+        let half = Checkpoint::load(&folder(name), &cpu(), Precision::Bf16).unwrap();
+        rows_equal_rows_alone(&Arc::new(half), name);
+    }
+}
+
+#[test]
+fn a_request_that_flux_cannot_serve_is_refused_by_field_limit_and_value() {
+    let mut batch = RunningBatch::new(checkpoint("flux_dev"), 64, 64);
+    let mut refusal = |request: RowRequest| {
+        let error = batch.join(1, &request).unwrap_err();
+        assert!(matches!(error, Error::Request { .. }), "{error}");
+        error.to_string()
+    };
+    let asked = || request("a star");
+    // Four pixels to a latent value, and two of those to a patch.
+    assert!(refusal(RowRequest { width: 60, ..asked() }).starts_with("`width` must be a multiple of 8 from 8"));
+    for true_cfg_scale in [-1.0, f64::NAN, f64::INFINITY] {
+        let text = refusal(RowRequest { true_cfg_scale: Some(true_cfg_scale), ..asked() });
+        assert!(text.starts_with("`true_cfg_scale` must be a finite number of at least 0, but is"), "{text}");
+    }
+    let text = refusal(RowRequest { max_sequence_length: Some(513), ..asked() });
+    assert_eq!(text, "`max_sequence_length` must be 1 to 512, but is 513");
+    let text = refusal(RowRequest { sampler: Some("ddim".parse().unwrap()), ..asked() });
+    assert!(text.starts_with("`sampler` must be"), "{text}");
+}
+
+#[test]
+fn parts_that_do_not_fit_together_are_named() {
+    for (part, field) in [("text_encoder", "pooled_projection_dim"), ("vae", "in_channels")] {
+        let broken = copy_of("flux_dev");
+        let place = broken.path().join(part);
+        std::fs::remove_dir_all(&place).unwrap();
+        std::fs::create_dir(&place).unwrap();
+        for entry in std::fs::read_dir(folder("sd2").join(part)).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), place.join(entry.file_name())).unwrap();
+        }
+        let error = Checkpoint::load(broken.path(), &cpu(), Precision::F32).err().unwrap().to_string();
+        assert!(error.contains("transformer/config.json") && error.contains(field), "{part}: {error}");
+    }
+}
+
+#[test]
+fn a_configuration_that_flux_does_not_have_is_refused_by_name() {
+    for (field, value) in [
+        ("axes_dims_rope", serde_json::json!([8, 12, 10])),
+        ("axes_dims_rope", serde_json::json!([16, 16])),
+        ("patch_size", serde_json::json!(2)),
+        ("in_channels", serde_json::json!(63)),
+    ] {
+        let broken = copy_of("flux_dev");
+        let path = broken.path().join("transformer/config.json");
+        let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        config[field] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let error = Checkpoint::load(broken.path(), &cpu(), Precision::F32).err().unwrap().to_string();
+        assert!(error.contains("transformer/config.json") && error.contains(field), "{error}");
+    }
+}
