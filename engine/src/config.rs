@@ -33,6 +33,13 @@ impl ConfigFile {
         Self { path: path.to_owned(), fields }
     }
 
+    /// Takes a field over from another configuration, if that has it.
+    pub fn learn(&mut self, field: &str, other: &Self) {
+        if let Some(value) = other.get(field) {
+            self.fields.insert(field.to_owned(), value.clone());
+        }
+    }
+
     /// All of it.
     pub fn to_value(&self) -> Value {
         Value::Object(self.fields.clone())

@@ -124,7 +124,10 @@ impl Source {
     /// A part's configuration and weights.
     pub fn part(&self, name: &'static str) -> Part {
         match self.file() {
-            Some(file) if file.has(name) => Part::Within { file: Arc::clone(file), name, family: self.family },
+            Some(file) if file.has(name) => {
+                let beside = self.beside.as_ref().map(|beside| beside.join(name));
+                Part::Within { file: Arc::clone(file), name, family: self.family, beside }
+            }
             _ => Part::Folder(self.path(name)),
         }
     }

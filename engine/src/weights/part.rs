@@ -8,6 +8,10 @@ use crate::config::ConfigFile;
 use crate::ops::Place;
 use crate::{FamilyKind, Result};
 
+/// How a head's channels are shared among the axes of a place: no tensor tells, and finetunes keep it.
+const AXES: &str = "axes_dims_rope";
+const HEADS: &str = "attention_head_dim";
+
 /// A text encoder, a denoiser or a VAE: its configuration and its weights.
 #[derive(Clone)]
 pub(crate) enum Part {
@@ -17,8 +21,10 @@ pub(crate) enum Part {
     Within {
         file: Arc<SingleFile>,
         name: &'static str,
-        /// What the tensors do not say is its family's.
+        /// What the tensors do not say is its family's,
         family: FamilyKind,
+        /// or said by the configuration of the same part in a folder beside the file.
+        beside: Option<PathBuf>,
     },
 }
 
@@ -27,7 +33,16 @@ impl Part {
     pub fn config(&self) -> Result<ConfigFile> {
         match self {
             Self::Folder(folder) => ConfigFile::read(&folder.join("config.json")),
-            Self::Within { file, name, family } => file.config(name, *family),
+            Self::Within { file, name, family, beside } => {
+                let mut config = file.config(name, *family)?;
+                let beside = beside.as_ref().map(|folder| ConfigFile::read_if_present(&folder.join("config.json")));
+                if let Some(other) = beside.transpose()?.flatten()
+                    && config.get(HEADS) == other.get(HEADS)
+                {
+                    config.learn(AXES, &other);
+                }
+                Ok(config)
+            }
         }
     }
 

@@ -113,7 +113,7 @@ fn rows_in_company_are_the_rows_alone(name: &str) {
 
 #[test]
 fn rows_with_and_without_init_images_share_a_pass_and_are_the_rows_alone() {
-    for name in ["sd1", "one_layer", "bf16", "inpaint"] {
+    for name in ["sd1", "one_layer", "bf16", "inpaint", "sdxl", "sd3", "flux_dev"] {
         rows_in_company_are_the_rows_alone(name);
     }
 }

@@ -129,7 +129,7 @@ fn options_that_change_the_maths_are_refused_by_name_and_value() {
         ("text_encoder/config.json", "hidden_act", json!("relu")),
         ("text_encoder/config.json", "num_attention_heads", json!(7)),
         ("scheduler/scheduler_config.json", "_class_name", json!("DiceScheduler")),
-        ("model_index.json", "_class_name", json!("FluxPipeline")),
+        ("model_index.json", "_class_name", json!("KandinskyPipeline")),
     ];
     for (file, field, value) in cases {
         let folder = copy_of("sd1");
@@ -173,15 +173,15 @@ fn parts_that_do_not_fit_together_are_refused() {
 }
 
 #[test]
-fn an_inpainting_denoiser_is_refused_by_its_channels() {
+fn a_denoiser_of_other_latents_is_refused_by_its_channels() {
     let folder = copy_of("sd1");
-    change_config(folder.path(), "unet/config.json", "in_channels", json!(9));
+    change_config(folder.path(), "unet/config.json", "in_channels", json!(5));
     change_tensors(folder.path(), UNET, |tensors| {
-        let wide = Tensor::zeros((8, 9, 3, 3), DType::F16, &Device::Cpu).unwrap();
+        let wide = Tensor::zeros((8, 5, 3, 3), DType::F16, &Device::Cpu).unwrap();
         tensors.insert("conv_in.weight".to_owned(), wide).unwrap();
     });
     let text = refusal(folder.path());
-    assert!(text.ends_with("`in_channels` must be the VAE's `latent_channels` (4), but is 9"), "{text}");
+    assert!(text.ends_with("`in_channels` must be the VAE's `latent_channels` (4), but is 5"), "{text}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod support;
 mod flux;
 mod init_images;
 mod inspect;
+mod layouts;
 mod load_errors;
 mod mixed_batch;
 mod pictures;

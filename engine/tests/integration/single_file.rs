@@ -39,7 +39,7 @@ fn requests(recipe: &Recipe) -> Vec<(String, RowRequest)> {
 
 #[test]
 fn pictures_of_single_files_are_at_most_one_level_off_diffusers() {
-    for name in ["sd1", "sd2", "sdxl"] {
+    for name in ["sd1", "sd2", "sdxl", "sd35_medium"] {
         let recipe = Recipe::read(name);
         let (_folder, path) = recipe.write(|_| {});
         let checkpoint = load(&path).unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use flate2::Crc;
 use half::f16;
@@ -10,8 +11,10 @@ use serde_json::Value;
 
 use super::SingleFile;
 use crate::FamilyKind;
+use crate::denoiser::FluxTransformer;
 use crate::ops::Place;
 use crate::recipe::{Made, Recipe};
+use crate::weights::Part;
 
 const FILES: [(&str, FamilyKind); 8] = [
     ("sd1", FamilyKind::Sd1),
@@ -95,6 +98,22 @@ fn families_are_told_by_their_tensors() {
     for (name, expected) in FILES {
         assert_eq!(family(name, |_| {}), Some(expected), "{name}");
     }
+}
+
+#[test]
+fn a_gguf_file_is_told_and_read_as_a_transformer() {
+    let checkpoints = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints");
+    let file = Arc::new(SingleFile::open(&checkpoints.join("flux_gguf/flux1-tiny-Q4_K_S.gguf")).unwrap());
+    assert_eq!(file.family().unwrap(), Some(FamilyKind::FluxDev));
+    let beside = Some(checkpoints.join("flux_dev/transformer"));
+    let part = Part::Within { file, name: "transformer", family: FamilyKind::FluxDev, beside };
+    let (ours, theirs) =
+        (part.config().unwrap().to_value(), std::fs::read(checkpoints.join("flux_dev/transformer/config.json")));
+    let theirs: Value = serde_json::from_slice(&theirs.unwrap()).unwrap();
+    for (field, ours) in ours.as_object().unwrap() {
+        assert_eq!(*ours, theirs[field], "{field}");
+    }
+    assert!(FluxTransformer::load(part, &Place::host()).is_ok());
 }
 
 /// Replaces a tensor by zeros of another shape.
