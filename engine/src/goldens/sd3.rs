@@ -9,7 +9,7 @@ use crate::ops::Place;
 const CHECKPOINTS: [&str; 3] = ["sd3", "sd35_medium", "sd3_without_t5"];
 
 fn transformer(checkpoint: &str, place: &Place) -> Mmdit {
-    Mmdit::load(&folder(checkpoint).join("transformer"), place).unwrap()
+    Mmdit::load(folder(checkpoint).join("transformer"), place).unwrap()
 }
 
 /// One call's tensors.

@@ -10,7 +10,7 @@ use crate::text::{T5Encoder, T5Tokenizer};
 const LENGTHS: [usize; 3] = [8, 40, 256];
 
 fn encoder(name: &str, place: &Place) -> T5Encoder {
-    T5Encoder::load(&folder("t5").join(name), place).unwrap()
+    T5Encoder::load(folder("t5").join(name), place).unwrap()
 }
 
 fn ids(goldens: &Goldens, length: usize) -> Vec<Vec<u32>> {

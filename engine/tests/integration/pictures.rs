@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use engine::{MicroConditioning, RowRequest, SkipLayerGuidance, render};
 use serde::Deserialize;
 
-use crate::support::{CHECKPOINTS, checkpoint, fixtures, init, largest_difference, mask};
+use crate::support::{CHECKPOINTS, checkpoint, fixtures, largest_difference};
 
 /// One entry of `pictures.json` or of a family's list in `pictures/`.
 #[derive(Deserialize)]
@@ -29,9 +29,6 @@ struct Golden {
     target_size: Option<(usize, usize)>,
     skip_layer_guidance: Option<SkipLayers>,
     max_sequence_length: Option<usize>,
-    init_image: Option<String>,
-    mask_image: Option<String>,
-    strength: Option<f64>,
 }
 
 /// Skip-layer guidance as the list has it.
@@ -69,10 +66,6 @@ impl Golden {
             },
             skip_layer_guidance: self.skip_layer_guidance.clone().map(SkipLayers::asked),
             max_sequence_length: self.max_sequence_length,
-            init_image: self
-                .init_image
-                .as_deref()
-                .and_then(|name| init(name, self.strength.unwrap(), self.mask_image.as_deref().map(mask))),
             ..RowRequest::default()
         }
     }
