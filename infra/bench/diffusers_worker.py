@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch  # noqa: E402
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel  # noqa: E402
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TOKENS, LATENT_CHANNELS, VAE_FACTOR = 77, 4, 8
@@ -81,8 +81,9 @@ class Picture:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        pipe = StableDiffusionPipeline.from_pretrained(args.checkpoint, torch_dtype=DTYPES[args.precision], use_safetensors=True)
-        pipe.unet.to(memory_format=LAYOUTS[args.layout])
+        pipe = DiffusionPipeline.from_pretrained(args.checkpoint, torch_dtype=DTYPES[args.precision], use_safetensors=True)
+        denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        denoiser.to(memory_format=LAYOUTS[args.layout])
         pipe.vae.to(memory_format=LAYOUTS[args.layout])
         pipe.vae.enable_slicing()
         pipe.set_progress_bar_config(disable=True)
@@ -92,7 +93,7 @@ class Picture:
         args = self.args
         started = time.perf_counter()
         pictures = self.pipe(
-            PROMPT, negative_prompt="", width=args.size, height=args.size, num_inference_steps=args.steps, guidance_scale=GUIDANCE_SCALE,
+            PROMPT, width=args.size, height=args.size, num_inference_steps=args.steps, guidance_scale=GUIDANCE_SCALE,
             num_images_per_prompt=args.batch, generator=[torch.Generator().manual_seed(seed) for seed in range(args.batch)],
         ).images
         seconds = time.perf_counter() - started
