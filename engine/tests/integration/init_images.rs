@@ -8,7 +8,7 @@ use engine::{gray, render};
 use image::RgbImage;
 use serde::Deserialize;
 
-use crate::support::{checkpoint, fixtures, folder, init, largest_difference, mask, picture, request};
+use crate::support::{checkpoint, fixtures, folder, init, largest_difference, mask, request};
 
 /// One entry of `init_pictures.json`.
 #[derive(Deserialize)]
