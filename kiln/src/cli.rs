@@ -31,7 +31,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Render a prompt on this machine, no server needed
-    Render(RenderArgs),
+    Render(Box<RenderArgs>),
     /// Run a whole farm in this process: store, broker, artifacts, scheduler and worker
     Up(UpArgs),
     /// Run the scheduler of a farm: the API and the loops that keep the jobs moving

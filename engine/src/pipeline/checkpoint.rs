@@ -84,7 +84,7 @@ impl Checkpoint {
         let sampler = read_sampler(&source.scheduler()?)?;
         let vae = Vae::load(source.part("vae"), place)?;
         let family = load(&Parts { source, index, vae: &vae.config, place })?;
-        let sampler = if family.overrules_sampler() { sampler } else { sampler.as_written() };
+        let sampler = if family.overrules_sampler() { sampler } else { sampler.taken_as_written() };
         let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
         Ok(Self { device: device.clone(), family, vae, sampler, embeddings, vae_bytes: None })
     }

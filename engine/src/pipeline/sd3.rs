@@ -120,9 +120,8 @@ impl Family for StableDiffusion3 {
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
-        let alike = |a: &ModelRow, b: &ModelRow| {
-            a.skipped == b.skipped && a.conditioning.tokens.dims() == b.conditioning.tokens.dims()
-        };
+        let kind = |row: &ModelRow| (row.skipped.clone(), row.conditioning.tokens.dims().to_vec());
+        let alike = |a: &ModelRow, b: &ModelRow| kind(a) == kind(b);
         call_alike(rows, shape.iter().product(), alike, |rows| self.call(rows, shape))
     }
 

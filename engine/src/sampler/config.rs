@@ -60,7 +60,7 @@ pub struct SamplerConfig {
 
 impl SamplerConfig {
     /// The same for a pipeline that takes it as it is written.
-    pub fn as_written(self) -> Self {
+    pub fn taken_as_written(self) -> Self {
         Self { overruled: false, ..self }
     }
 
