@@ -96,7 +96,7 @@ async fn dispatch(command: Command, loaded: Loaded) -> Result<ExitCode> {
     let stop = shutdown::listen()?;
     let config = loaded.config.clone();
     match command {
-        Command::Render(args) => render::run(config, args, stop).await,
+        Command::Render(args) => render::run(config, *args, stop).await,
         Command::Up(args) => up::run(config, args, stop).await,
         Command::Scheduler(args) => scheduler::run(config, args, stop).await,
         Command::Worker(args) => worker::run(config, args, stop).await,

@@ -9,7 +9,7 @@ use crate::ops::{Parameter, Place, Quantisation, Stored};
 const CHECKPOINTS: [&str; 2] = ["flux_dev", "flux_schnell"];
 
 fn transformer(checkpoint: &str, place: &Place) -> FluxTransformer {
-    FluxTransformer::load(&folder(checkpoint).join("transformer"), place).unwrap()
+    FluxTransformer::load(folder(checkpoint).join("transformer"), place).unwrap()
 }
 
 /// What the transformer makes of these rows of call `index`.

@@ -86,7 +86,7 @@ fn difference(got: &[f32], expected: &Tensor) -> f32 {
 
 fn text_encoder(checkpoint: &str) -> ClipEncoder {
     let output = ClipOutput { states: States::Last, pooled: Pooled::No };
-    ClipEncoder::load(&folder(checkpoint).join("text_encoder"), output, &Place::host()).unwrap()
+    ClipEncoder::load(folder(checkpoint).join("text_encoder"), output, &Place::host()).unwrap()
 }
 
 fn call(unet: &UNet, sample: &Tensor, timesteps: &[f32], context: &ops::Tensor) -> Vec<f32> {
@@ -94,7 +94,7 @@ fn call(unet: &UNet, sample: &Tensor, timesteps: &[f32], context: &ops::Tensor) 
 }
 
 fn unet(checkpoint: &str) -> UNet {
-    UNet::load(&folder(checkpoint).join("unet"), &Place::host()).unwrap()
+    UNet::load(folder(checkpoint).join("unet"), &Place::host()).unwrap()
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn a_row_of_a_denoiser_call_equals_the_row_alone_bit_for_bit() {
 fn decoded_latents_equal_those_of_diffusers() {
     for checkpoint in CHECKPOINTS {
         let goldens = Goldens::read(checkpoint);
-        let vae = Vae::load(&folder(checkpoint).join("vae"), &Place::host()).unwrap();
+        let vae = Vae::load(folder(checkpoint).join("vae"), &Place::host()).unwrap();
         let mut calls = 0;
         while let Some(latents) = goldens.tensor(&format!("vae.{calls}.latents")) {
             let expected = goldens.tensor(&format!("vae.{calls}.picture")).unwrap();
@@ -189,7 +189,7 @@ fn half_precision_follows_full_precision_at_its_own_distance() {
     // On the processor `f16` is computed as `f32`.
     for (dtype, range) in [(DType::F16, 0.0..3e-5), (DType::BF16, 1e-4..0.12)] {
         let (goldens, place) = (Goldens::read("demo"), Place::new(&Device::Cpu, dtype));
-        let unet = UNet::load(&folder("demo").join("unet"), &place).unwrap();
+        let unet = UNet::load(folder("demo").join("unet"), &place).unwrap();
         let context = at(&goldens.tensor("text_embeddings").unwrap(), &place);
         let (sample, expected) = (goldens.tensor("unet.0.sample").unwrap(), goldens.tensor("unet.0.output").unwrap());
         let timesteps = goldens.tensor("unet.0.timesteps").unwrap().to_vec1::<f32>().unwrap();

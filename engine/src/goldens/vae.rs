@@ -11,7 +11,7 @@ use crate::vae::Vae;
 const SEED: u64 = 707;
 
 fn vae(checkpoint: &str) -> Vae {
-    Vae::load(&folder(checkpoint).join("vae"), &Place::host()).unwrap()
+    Vae::load(folder(checkpoint).join("vae"), &Place::host()).unwrap()
 }
 
 /// A golden picture as (height, width, 3) values, and its sides.

@@ -162,6 +162,16 @@ impl Parts<'_> {
     }
 }
 
+/// Tokens that a request's prompts become for T5; `usual` where it does not say.
+pub(super) fn t5_tokens(request: &RowRequest, usual: usize) -> Result<usize> {
+    /// More were never trained on.
+    const MOST: usize = 512;
+    match request.max_sequence_length.unwrap_or(usual) {
+        tokens if (1..=MOST).contains(&tokens) => Ok(tokens),
+        tokens => Err(Error::request("max_sequence_length", format!("1 to {MOST}"), tokens)),
+    }
+}
+
 /// The outputs of all rows, each of `len` values, where only rows that are `alike` can share a denoiser call.
 /// Whom a row shares it with never shows.
 pub(super) fn call_alike(
@@ -182,16 +192,6 @@ pub(super) fn call_alike(
         left = others;
     }
     Ok(outputs)
-}
-
-/// Tokens that a request's prompts become for T5; `usual` where it does not say.
-pub(super) fn t5_tokens(request: &RowRequest, usual: usize) -> Result<usize> {
-    /// More were never trained on.
-    const MOST: usize = 512;
-    match request.max_sequence_length.unwrap_or(usual) {
-        tokens if (1..=MOST).contains(&tokens) => Ok(tokens),
-        tokens => Err(Error::request("max_sequence_length", format!("1 to {MOST}"), tokens)),
-    }
 }
 
 /// All rows' samples, row after row.

@@ -22,8 +22,8 @@ const SAMPLE_SIZE: usize = 128;
 struct Flux {
     text: ClipText,
     text_2: T5Text,
-    /// Tokens that prompts become for T5, unless a request says otherwise.
-    tokens: usize,
+    /// Tokens that T5 makes of a prompt unless a request says otherwise.
+    words: usize,
     transformer: FluxTransformer,
 }
 
@@ -34,7 +34,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let text = ClipText::load(source, "text_encoder", "tokenizer", output, place)?;
     let transformer = FluxTransformer::load(source.part("transformer"), place)?;
     let config = &transformer.config;
-    let tokens = if config.guidance_embeds { DEV_TOKENS } else { SCHNELL_TOKENS };
+    let words = if config.guidance_embeds { DEV_TOKENS } else { SCHNELL_TOKENS };
     let text_2 = T5Text::load(source, "text_encoder_2", "tokenizer_2", place)?;
 
     let fit =
@@ -43,13 +43,13 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     fit("in_channels", config.in_channels, patch, "the VAE's `latent_channels` times 4")?;
     fit("joint_attention_dim", config.joint_width, text_2.width(), "the `d_model` of `text_encoder_2`")?;
     fit("pooled_projection_dim", config.pooled_width, text.width(), "the `hidden_size` of `text_encoder`")?;
-    Ok(Box::new(Flux { text, text_2, tokens, transformer }))
+    Ok(Box::new(Flux { text, text_2, words, transformer }))
 }
 
 impl Flux {
     fn embed(&self, prompt: &str, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditioning> {
         let pooled = self.text.embed(prompt, cache)?.pooled;
-        let tokens = self.text_2.embed(prompt, t5_tokens(request, self.tokens)?, cache)?.states;
+        let tokens = self.text_2.embed(prompt, t5_tokens(request, self.words)?, cache)?.states;
         Ok(Conditioning { tokens, pooled, numbers: [request.guidance_scale as f32].into() })
     }
 

@@ -120,8 +120,9 @@ impl Family for StableDiffusion3 {
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {
-        let kind = |row: &ModelRow| (row.skipped.clone(), row.conditioning.tokens.dims().to_vec());
-        let alike = |a: &ModelRow, b: &ModelRow| kind(a) == kind(b);
+        let alike = |a: &ModelRow, b: &ModelRow| {
+            a.skipped == b.skipped && a.conditioning.tokens.dims() == b.conditioning.tokens.dims()
+        };
         call_alike(rows, shape.iter().product(), alike, |rows| self.call(rows, shape))
     }
 

@@ -97,7 +97,7 @@ impl T5Text {
         self.encoder.config.width
     }
 
-    /// What it makes of a prompt as `tokens` tokens, computed or remembered.
+    /// What it makes of a prompt as so many `tokens`, computed or remembered.
     pub fn embed(&self, prompt: &str, tokens: usize, cache: &EmbeddingCache) -> Result<Embedding> {
         cache.get_or(self.name, &format!("{tokens} {prompt}"), || {
             let states = self.encoder.forward(&self.tokenizer.ids(prompt, tokens)?)?;

@@ -43,11 +43,16 @@ pub(crate) fn find(folder: &Path, stem: &str) -> Result<Vec<PathBuf>> {
     }
 }
 
+/// Whether a file is called a GGUF file.
+pub(super) fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end == "gguf")
+}
+
 /// The folder's GGUF file: these are called after the model and its format.
 fn only_gguf(folder: &Path) -> Result<Option<PathBuf>> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Ok(None) };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut found: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|end| end == "gguf")).collect();
+    let mut found: Vec<PathBuf> = paths.filter(|path| is_gguf(path)).collect();
     if found.len() > 1 {
         let problem = format!("must hold one GGUF file, but has {}: which one is meant?", found.len());
         return Err(Error::checkpoint(folder, problem));

@@ -71,9 +71,16 @@ struct Seen {
 }
 
 impl Weights {
-    /// Maps the part's files: `stem.safetensors`, a sharded index, or a variant of them. Layers built
-    /// from it live at `place`.
+    /// Maps the part's files: `stem.safetensors`, a sharded index, a variant of them, or one GGUF file, whose
+    /// tensors may be named as their makers did. Layers built from it live at `place`.
     pub fn open(folder: &Path, stem: &str, place: &Place) -> Result<Self> {
+        let paths = find(folder, stem)?;
+        if let [path] = paths.as_slice()
+            && files::is_gguf(path)
+            && let Some(weights) = SingleFile::only_part(path, place)?
+        {
+            return Ok(weights);
+        }
         let mut weights = Self {
             folder: folder.to_owned(),
             maps: Vec::new(),
@@ -81,7 +88,7 @@ impl Weights {
             place: place.clone(),
             seen: RefCell::default(),
         };
-        for path in find(folder, stem)? {
+        for path in paths {
             weights.add(&path)?;
         }
         Ok(weights)

@@ -70,6 +70,58 @@ fn every_picture_is_at_most_one_level_off_diffusers() {
     }
 }
 
+/// `flux_dev` with a GGUF file in the place of a part's weights.
+fn with_gguf(parts: &[(&str, &str)]) -> tempfile::TempDir {
+    let checkpoint = copy_of("flux_dev");
+    for (part, file) in parts {
+        let place = checkpoint.path().join(part);
+        for entry in std::fs::read_dir(&place).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|end| end == "safetensors") {
+                std::fs::remove_file(path).unwrap();
+            }
+        }
+        std::fs::copy(folder("flux_gguf").join(file), place.join(file)).unwrap();
+    }
+    checkpoint
+}
+
+const TRANSFORMER: (&str, &str) = ("transformer", "flux1-tiny-Q4_K_S.gguf");
+const T5: (&str, &str) = ("text_encoder_2", "t5-tiny-encoder-Q5_K_M.gguf");
+
+#[test]
+fn pictures_of_gguf_files_are_those_of_the_numbers_in_them() {
+    let checkpoint = with_gguf(&[TRANSFORMER, T5]);
+    let model = Arc::new(Checkpoint::load(checkpoint.path(), &cpu(), Precision::F32).unwrap());
+    let (difference, count) = worst("flux_gguf", &model);
+    assert!(difference <= 1 && count >= 2, "{count} pictures are up to {difference} off");
+    rows_equal_rows_alone(&model, "flux_gguf");
+    let half = Checkpoint::load(checkpoint.path(), &cpu(), Precision::Bf16).unwrap();
+    rows_equal_rows_alone(&Arc::new(half), "flux_gguf");
+}
+
+#[test]
+fn a_gguf_file_alone_takes_its_other_parts_from_beside_it() {
+    let (file, beside) = (folder("flux_gguf").join(TRANSFORMER.1), folder("flux_dev"));
+    let alone = Checkpoint::load_with(&file, Some(&beside), None, &cpu(), Precision::F32).unwrap();
+    let checkpoint = with_gguf(&[TRANSFORMER]);
+    let within = Checkpoint::load(checkpoint.path(), &cpu(), Precision::F32).unwrap();
+    let picture = |model| render(&Arc::new(model), &request("a small red star"), |_, _| {}).unwrap();
+    assert!(picture(alone) == picture(within));
+}
+
+#[test]
+fn a_gguf_file_cut_anywhere_is_refused_by_its_name() {
+    let checkpoint = with_gguf(&[TRANSFORMER]);
+    let path = checkpoint.path().join("transformer").join(TRANSFORMER.1);
+    let bytes = std::fs::read(&path).unwrap();
+    for keep in [0, 3, 20, 500, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..keep]).unwrap();
+        let error = Checkpoint::load(checkpoint.path(), &cpu(), Precision::F32).err().unwrap().to_string();
+        assert!(error.contains(TRANSFORMER.1), "{keep} bytes: {error}");
+    }
+}
+
 /// Rows of one size that differ in everything else.
 fn rows() -> Vec<RowRequest> {
     let base = |prompt: &str, steps, guidance_scale, seed| {
@@ -163,7 +215,7 @@ fn parts_that_do_not_fit_together_are_named() {
 #[test]
 fn a_configuration_that_flux_does_not_have_is_refused_by_name() {
     for (field, value) in [
-        ("axes_dims_rope", serde_json::json!([8, 12, 10])),
+        ("axes_dims_rope", serde_json::json!([4, 14, 12])),
         ("axes_dims_rope", serde_json::json!([16, 16])),
         ("patch_size", serde_json::json!(2)),
         ("in_channels", serde_json::json!(63)),

@@ -5,6 +5,7 @@ use utoipa::ToSchema;
 
 use super::RenderRequest;
 use super::validate::{ValidationError, one_of, refuse};
+use crate::catalog::ModelFacts;
 
 /// A picture that a job starts from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -71,7 +72,7 @@ const MOST_BLUR: f64 = 256.0;
 const KEY_BYTES: usize = 512;
 
 /// The fields of a request about init image and mask, which hang together.
-pub(super) fn check(request: &RenderRequest) -> Result<Option<InitImage>, ValidationError> {
+pub(super) fn check(request: &RenderRequest, facts: &ModelFacts) -> Result<Option<InitImage>, ValidationError> {
     let needs = |field: &str, given: bool, other: &str| match given {
         true => Err(refuse(field, format!("absent without `{other}`"), "present")),
         false => Ok(()),
@@ -89,6 +90,12 @@ pub(super) fn check(request: &RenderRequest) -> Result<Option<InitImage>, Valida
     let strength = request.strength.unwrap_or(if mask.is_some() { MASKED_STRENGTH } else { STRENGTH });
     if !(strength > 0.0 && strength <= 1.0) {
         return Err(refuse("strength", "above 0 and at most 1", strength));
+    }
+    // Flow matching leaves a step to any strength; others cut the steps that are left to whole ones.
+    let steps = request.steps.unwrap_or(i64::from(facts.steps));
+    let cuts = facts.prediction.as_deref().is_some_and(|prediction| prediction != "flow");
+    if cuts && steps > 0 && steps as f64 * strength < 1.0 {
+        return Err(refuse("strength", format!("so much that of {steps} steps at least one is left"), strength));
     }
     Ok(Some(InitImage { key: check_key("init_image", key)?, strength, mask }))
 }

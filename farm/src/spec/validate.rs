@@ -89,7 +89,7 @@ impl RenderRequest {
         }
         let (model, facts) = catalog.find(self.model.as_deref())?;
         let options = FamilyOptions::read(&self, facts, limits)?;
-        let init_image = init::check(&self)?;
+        let init_image = init::check(&self, facts)?;
         let prompt = self.prompt.ok_or_else(|| refuse("prompt", "present", "missing"))?;
         let negative_prompt = self.negative_prompt.unwrap_or_default();
         check_text("prompt", &prompt, limits)?;

@@ -74,7 +74,8 @@ fn models_inspect_tells_what_a_folder_is_and_refuses_a_pickle() {
     let home = tempfile::tempdir().unwrap();
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/checkpoints/sd2");
     let output = kiln(home.path()).args(["models", "inspect", folder, "--json", "--tensors"]).output().unwrap();
-    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).expect(&stderr(&output));
+    let report: serde_json::Value =
+        serde_json::from_str(&stdout(&output)).unwrap_or_else(|_| panic!("{}", stderr(&output)));
     assert_eq!((&report["family"], &report["layout"]), (&"sd2".into(), &"diffusers".into()));
     let file = &report["files"][1];
     let hash = file["sha256"].as_str().unwrap();

@@ -65,6 +65,7 @@ enum Layout {
         but_last: bool,
     },
     T5,
+    LlamaT5,
 }
 
 const CLIP: Layout = Layout::Clip { activation: "quick_gelu", identity: false };
@@ -92,9 +93,32 @@ const TEXT_ENCODERS: [(&str, &str, Layout); 9] = [
     ("text_encoder_2", "text_encoders.t5xxl.transformer.", Layout::T5),
 ];
 
+/// A T5 encoder as llama.cpp names it, alone in its file: FLUX's second text encoder, or Stable Diffusion 3's
+/// third.
+const LLAMA_T5: &str = "enc.blk.0.attn_q.weight";
+
 impl SingleFile {
     /// Maps the file and finds its parts; none is an error.
     pub fn open(path: &Path) -> Result<Self> {
+        let file = Self::read(path)?;
+        if file.parts.is_empty() {
+            let problem = "is no checkpoint of a known layout: it has neither a denoiser nor a VAE nor a text encoder";
+            return Err(Error::checkpoint(path, problem));
+        }
+        Ok(file)
+    }
+
+    /// The weights of a file that holds one part alone, in any known layout; `None` for another file.
+    pub fn only_part(path: &Path, place: &Place) -> Result<Option<Weights>> {
+        let file = Self::read(path)?;
+        let mut parts = file.parts.keys();
+        match (parts.next(), parts.next()) {
+            (Some(part), None) => file.weights(part, place).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self> {
         let map = map_file(path)?;
         let entry = |Entry { name, format, shape, bytes }: Entry| {
             (name, Stored { map: 0, bytes, format, shape, order: Order::Plain })
@@ -102,10 +126,6 @@ impl SingleFile {
         let stored: BTreeMap<String, Stored> = entries(path, &map)?.into_iter().map(entry).collect();
         let mut file = Self { path: path.to_owned(), map, stored, parts: BTreeMap::new(), read_ahead: Once::new() };
         file.parts = file.find_parts();
-        if file.parts.is_empty() {
-            let problem = "is no checkpoint of a known layout: it has neither a denoiser nor a VAE nor a text encoder";
-            return Err(Error::checkpoint(path, problem));
-        }
         Ok(file)
     }
 
@@ -122,6 +142,9 @@ impl SingleFile {
             if self.stored.contains_key(&format!("{prefix}{VAE_TENSOR}")) {
                 parts.entry("vae").or_insert(Found { prefix, layout: Layout::Vae });
             }
+        }
+        if self.stored.contains_key(LLAMA_T5) {
+            parts.entry("text_encoder_2").or_insert(Found { prefix: "", layout: Layout::LlamaT5 });
         }
         let transformer = parts.get("transformer").map(|found| found.layout);
         for (part, prefix, layout) in TEXT_ENCODERS {
@@ -255,6 +278,7 @@ impl SingleFile {
             Layout::Clip { activation, .. } => text::config_of_clip(&tensors, activation)?,
             Layout::OpenClip { but_last } => text::config_of_open_clip(&tensors, open_clip_layers(&tensors, but_last))?,
             Layout::T5 => text::config_of_t5(&tensors)?,
+            Layout::LlamaT5 => text::config_of_llama_t5(&tensors)?,
         };
         Ok(self.says(part, value))
     }
@@ -329,6 +353,9 @@ enum Names {
     OpenClip {
         layers: usize,
     },
+    LlamaT5 {
+        gated: bool,
+    },
     /// As ours are.
     Same {
         identity: bool,
@@ -345,6 +372,7 @@ impl Names {
             Layout::OpenClip { but_last } => Self::OpenClip { layers: open_clip_layers(tensors, but_last) },
             Layout::Clip { identity, .. } => Self::Same { identity },
             Layout::T5 => Self::Same { identity: false },
+            Layout::LlamaT5 => Self::LlamaT5 { gated: text::is_gated(tensors) },
         })
     }
 
@@ -355,6 +383,7 @@ impl Names {
             Self::Flux => flux::ours(name),
             Self::Vae { levels } => vae::ours(name, *levels),
             Self::OpenClip { layers } => text::ours_of_open_clip(name, *layers),
+            Self::LlamaT5 { gated } => text::ours_of_llama_t5(name, *gated),
             Self::Same { identity: true } if name == "text_projection.weight" => Vec::new(),
             Self::Same { .. } => whole(name),
         }

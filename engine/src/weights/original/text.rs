@@ -1,7 +1,8 @@
-//! The text encoders: CLIP and T5 as transformers names them, and OpenCLIP's own names, with queries,
-//! keys and values in one tensor and a projection that is multiplied from the other side.
+//! The text encoders: CLIP and T5 as transformers names them, T5 as llama.cpp does, and OpenCLIP's own names,
+//! with queries, keys and values in one tensor and a projection that is multiplied from the other side.
 //!
-//! Reference: <https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/transformer.py>
+//! Reference: <https://github.com/mlfoundations/open_clip/blob/main/src/open_clip/transformer.py>;
+//! <https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_mapping.py>
 
 use serde_json::{Value, json};
 
@@ -118,6 +119,54 @@ pub(super) fn config_of_t5(tensors: &Tensors<'_>) -> Result<Value> {
         "relative_attention_num_buckets": tensors.dim(bias, 0)?,
         "relative_attention_max_distance": T5_DISTANCE,
         "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+    }))
+}
+
+/// Whether a T5 encoder in llama.cpp's names has two inner layers that are multiplied.
+pub(super) fn is_gated(tensors: &Tensors<'_>) -> bool {
+    tensors.has("enc.blk.0.ffn_gate.weight")
+}
+
+/// Our names for a tensor of a T5 encoder in llama.cpp's names.
+pub(super) fn ours_of_llama_t5(name: &str, gated: bool) -> Ours {
+    match name {
+        "token_embd.weight" => return whole("shared.weight"),
+        "enc.output_norm.weight" => return whole("encoder.final_layer_norm.weight"),
+        _ => {}
+    }
+    let Some((block, rest)) = name.strip_prefix("enc.blk.").and_then(number) else { return Vec::new() };
+    const RENAMES: [(&str, &str); 9] = [
+        ("attn_norm.", "0.layer_norm."),
+        ("attn_q.", "0.SelfAttention.q."),
+        ("attn_k.", "0.SelfAttention.k."),
+        ("attn_v.", "0.SelfAttention.v."),
+        ("attn_o.", "0.SelfAttention.o."),
+        ("attn_rel_b.", "0.SelfAttention.relative_attention_bias."),
+        ("ffn_norm.", "1.layer_norm."),
+        ("ffn_gate.", "1.DenseReluDense.wi_0."),
+        ("ffn_down.", "1.DenseReluDense.wo."),
+    ];
+    let up = if gated { "1.DenseReluDense.wi_1." } else { "1.DenseReluDense.wi." };
+    let ours = begins(rest, &RENAMES).or_else(|| begins(rest, &[("ffn_up.", up)]));
+    ours.map(|ours| whole(format!("encoder.block.{block}.layer.{ours}"))).unwrap_or_default()
+}
+
+/// What transformers' `config.json` would say of a T5 encoder in llama.cpp's names.
+pub(super) fn config_of_llama_t5(tensors: &Tensors<'_>) -> Result<Value> {
+    let bias = "enc.blk.0.attn_rel_b.weight";
+    let heads = tensors.dim(bias, 1)?;
+    Ok(json!({
+        "model_type": "t5",
+        "vocab_size": tensors.dim("token_embd.weight", 0)?,
+        "d_model": tensors.dim("token_embd.weight", 1)?,
+        "d_kv": tensors.dim("enc.blk.0.attn_q.weight", 0)? / heads.max(1),
+        "d_ff": tensors.dim("enc.blk.0.ffn_up.weight", 0)?,
+        "num_layers": tensors.count("enc.blk."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": tensors.dim(bias, 0)?,
+        "relative_attention_max_distance": T5_DISTANCE,
+        "feed_forward_proj": if is_gated(tensors) { "gated-gelu" } else { "relu" },
         "layer_norm_epsilon": 1e-6,
     }))
 }

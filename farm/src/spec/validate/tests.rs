@@ -127,6 +127,23 @@ fn an_init_image_brings_its_strength_and_a_mask_its_edges() {
 }
 
 #[test]
+fn a_strength_that_leaves_no_step_is_refused_where_steps_are_cut() {
+    let of = |prediction: &str, strength: f64| {
+        let facts = ModelFacts { prediction: Some(prediction.into()), ..ModelFacts::assumed("here") };
+        let catalog = Catalog::new(BTreeMap::from([("demo".to_owned(), facts)]), "demo").unwrap();
+        request(json!({"init_image": "uploads/a.png", "strength": strength, "steps": 4})).validate(
+            &catalog,
+            &Limits::default(),
+            Lane::Bulk,
+            || 7,
+        )
+    };
+    let error = of("epsilon", 0.2).unwrap_err().to_string();
+    assert_eq!(error, "`strength` must be so much that of 4 steps at least one is left, but is 0.2");
+    assert!(of("epsilon", 0.25).is_ok() && of("flow", 0.2).is_ok());
+}
+
+#[test]
 fn what_belongs_to_an_init_image_is_refused_without_one_and_out_of_its_limits() {
     let table = [
         (json!({"strength": 0.5}), "`strength` must be absent without `init_image`, but is present"),
