@@ -109,9 +109,7 @@ impl Quantisation {
             Self::Q8_0 => {
                 let scale = half(blocks, 0);
                 for (line, bytes) in to.iter_mut().zip(&blocks[2..]) {
-                    for ((to, byte), scale) in line.iter_mut().zip(bytes).zip(&scale) {
-                        *to = f32::from(byte.cast_signed()) * scale;
-                    }
+                    *line = each(|lane| f32::from(bytes[lane].cast_signed()) * scale[lane]);
                 }
             }
             Self::Q4K => {
@@ -122,9 +120,8 @@ impl Quantisation {
             Self::Q5K => {
                 half_bytes(&blocks[48 + part / 2 * STRETCH..], part % 2 == 1, to);
                 for (line, bytes) in to.iter_mut().zip(&blocks[16..]) {
-                    for (to, byte) in line.iter_mut().zip(bytes) {
-                        *to += f32::from((byte >> part & 1) * 16);
-                    }
+                    let bytes = alone(bytes);
+                    *line = each(|lane| line[lane] + 16.0 * small(bytes[lane], part, 1));
                 }
                 let (scale, offset) = scale_and_offset(blocks, part);
                 scaled(to, scale, offset);
@@ -134,11 +131,34 @@ impl Quantisation {
     }
 }
 
+/// A value for each lane. A loop over a whole array becomes vectors, which iterators over several do not.
+#[inline(always)]
+fn each<const L: usize>(value: impl Fn(usize) -> f32) -> [f32; L] {
+    let mut values = [0.0; L];
+    for (lane, to) in values.iter_mut().enumerate() {
+        *to = value(lane);
+    }
+    values
+}
+
+/// The same line, but one that the compiler cannot take together with others: it would rather gather and scatter
+/// single values of several lines than compute whole ones.
+#[inline(always)]
+fn alone<T>(line: T) -> T {
+    std::hint::black_box(line)
+}
+
+/// Some bits of a byte. Wider than they need be, so that vectors of them are converted at once.
+#[inline(always)]
+fn small(byte: u8, shift: usize, mask: i32) -> f32 {
+    (i32::from(byte) >> shift & mask) as f32
+}
+
 /// A number in half precision at byte `at` of each block.
 #[inline(always)]
 fn half<const L: usize>(blocks: &[[u8; L]], at: usize) -> [f32; L] {
     let (low, high) = (&blocks[at], &blocks[at + 1]);
-    std::array::from_fn(|lane| from_half(u32::from(low[lane]) | u32::from(high[lane]) << 8))
+    each(|lane| from_half(u32::from(low[lane]) | u32::from(high[lane]) << 8))
 }
 
 /// By shifts and one product alone, so that vectors of them are converted at once.
@@ -156,9 +176,9 @@ fn from_half(bits: u32) -> f32 {
 fn nibbles<const L: usize>(blocks: &[[u8; L]], to: &mut Lines<L>) {
     let (low, high) = to.split_at_mut(STRETCH / 2);
     for ((low, high), bytes) in low.iter_mut().zip(high).zip(blocks) {
-        for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
-            (*low, *high) = (f32::from(byte & 15), f32::from(byte >> 4));
-        }
+        let bytes = alone(bytes);
+        *low = each(|lane| small(bytes[lane], 0, 15));
+        *high = each(|lane| small(bytes[lane], 4, 15));
     }
 }
 
@@ -167,9 +187,8 @@ fn nibbles<const L: usize>(blocks: &[[u8; L]], to: &mut Lines<L>) {
 fn fifth_bits_in_a_row<const L: usize>(blocks: &[[u8; L]], to: &mut Lines<L>) {
     for (lines, bytes) in to.chunks_exact_mut(8).zip(blocks) {
         for (bit, line) in lines.iter_mut().enumerate() {
-            for (to, byte) in line.iter_mut().zip(bytes) {
-                *to += f32::from((byte >> bit & 1) * 16);
-            }
+            let bytes = alone(bytes);
+            *line = each(|lane| line[lane] + 16.0 * small(bytes[lane], bit, 1));
         }
     }
 }
@@ -179,9 +198,8 @@ fn fifth_bits_in_a_row<const L: usize>(blocks: &[[u8; L]], to: &mut Lines<L>) {
 fn half_bytes<const L: usize>(blocks: &[[u8; L]], high: bool, to: &mut Lines<L>) {
     let shift = if high { 4 } else { 0 };
     for (line, bytes) in to.iter_mut().zip(blocks) {
-        for (to, byte) in line.iter_mut().zip(bytes) {
-            *to = f32::from(byte >> shift & 15);
-        }
+        let bytes = alone(bytes);
+        *line = each(|lane| small(bytes[lane], shift, 15));
     }
 }
 
@@ -190,16 +208,15 @@ fn half_bytes<const L: usize>(blocks: &[[u8; L]], high: bool, to: &mut Lines<L>)
 fn scale_and_offset<const L: usize>(blocks: &[[u8; L]], part: usize) -> ([f32; L], [f32; L]) {
     let (scale, least, packed) = (half(blocks, 0), half(blocks, 2), &blocks[4..16]);
     let six = |low: &[u8; L], high: &[u8; L], shift: usize| -> [f32; L] {
-        std::array::from_fn(|lane| f32::from(low[lane] >> shift & 15 | high[lane] >> 6 << 4))
+        each(|lane| f32::from(low[lane] >> shift & 15 | high[lane] >> 6 << 4))
     };
     let (scales, offsets) = if part < 4 {
-        let low = |bytes: &[u8; L]| -> [f32; L] { std::array::from_fn(|lane| f32::from(bytes[lane] & 63)) };
+        let low = |bytes: &[u8; L]| -> [f32; L] { each(|lane| f32::from(bytes[lane] & 63)) };
         (low(&packed[part]), low(&packed[part + 4]))
     } else {
         (six(&packed[part + 4], &packed[part - 4], 0), six(&packed[part + 4], &packed[part], 4))
     };
-    let product =
-        |a: [f32; L], b: [f32; L], sign: f32| -> [f32; L] { std::array::from_fn(|lane| sign * a[lane] * b[lane]) };
+    let product = |a: [f32; L], b: [f32; L], sign: f32| -> [f32; L] { each(|lane| sign * a[lane] * b[lane]) };
     (product(scale, scales, 1.0), product(least, offsets, -1.0))
 }
 
@@ -209,17 +226,16 @@ fn six_bits<const L: usize>(blocks: &[[u8; L]], part: usize, to: &mut Lines<L>) 
     let (large, quarter) = (part / 4, part % 4);
     half_bytes(&blocks[large * 64 + quarter % 2 * STRETCH..], quarter >= 2, to);
     for (line, bytes) in to.iter_mut().zip(&blocks[128 + large * STRETCH..]) {
-        for (to, byte) in line.iter_mut().zip(bytes) {
-            *to += f32::from((byte >> (2 * quarter) & 3) * 16) - 32.0;
-        }
+        let bytes = alone(bytes);
+        *line = each(|lane| line[lane] + (16.0 * small(bytes[lane], 2 * quarter, 3) - 32.0));
     }
     let scale: [f32; L] = half(blocks, 208);
     for (index, lines) in to.chunks_exact_mut(STRETCH / 2).enumerate() {
         let scales = &blocks[192 + large * 8 + 2 * quarter + index];
+        let scale: [f32; L] = each(|lane| scale[lane] * f32::from(scales[lane].cast_signed()));
         for line in lines {
-            for ((to, scale), of_lines) in line.iter_mut().zip(&scale).zip(scales) {
-                *to *= scale * f32::from(of_lines.cast_signed());
-            }
+            let line = alone(line);
+            *line = each(|lane| line[lane] * scale[lane]);
         }
     }
 }
@@ -228,9 +244,8 @@ fn six_bits<const L: usize>(blocks: &[[u8; L]], part: usize, to: &mut Lines<L>) 
 #[inline(always)]
 fn centred<const L: usize>(to: &mut Lines<L>, centre: f32, scale: [f32; L]) {
     for line in to {
-        for (to, scale) in line.iter_mut().zip(&scale) {
-            *to = (*to - centre) * scale;
-        }
+        let line = alone(line);
+        *line = each(|lane| (line[lane] - centre) * scale[lane]);
     }
 }
 
@@ -238,9 +253,8 @@ fn centred<const L: usize>(to: &mut Lines<L>, centre: f32, scale: [f32; L]) {
 #[inline(always)]
 fn scaled<const L: usize>(to: &mut Lines<L>, scale: [f32; L], offset: [f32; L]) {
     for line in to {
-        for ((to, scale), offset) in line.iter_mut().zip(&scale).zip(&offset) {
-            *to = *to * scale + offset;
-        }
+        let line = alone(line);
+        *line = each(|lane| line[lane] * scale[lane] + offset[lane]);
     }
 }
 
