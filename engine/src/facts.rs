@@ -105,7 +105,7 @@ fn prediction(scheduler: &ConfigFile) -> Result<PredictionKind> {
 /// The family of a diffusers folder, by the structure of its parts and not by their sizes.
 pub(crate) fn family_of_folder(folder: &Path) -> Result<FamilyKind> {
     let index = ConfigFile::read(&folder.join("model_index.json"))?;
-    let class = index.word("_class_name")?.unwrap_or_default();
+    let class = index.word("_class_name")?.unwrap_or("StableDiffusionPipeline");
     if !class.starts_with("StableDiffusion") && !class.starts_with("Flux") {
         let limit = "a pipeline of Stable Diffusion or FLUX (`StableDiffusion…`, `Flux…`)";
         return Err(index.refuse("_class_name", limit));

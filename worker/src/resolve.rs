@@ -322,6 +322,21 @@ mod tests {
         assert_eq!(picked[3..], ["unet/config.json", "unet/model.safetensors"]);
     }
 
+    #[tokio::test]
+    async fn a_file_is_located_with_the_folder_of_its_other_parts_and_its_family() {
+        let (file, folder) = (concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"), env!("CARGO_MANIFEST_DIR"));
+        let facts =
+            ModelFacts { parts: Some(folder.into()), family: Some("flux_dev".into()), ..ModelFacts::assumed(file) };
+        let (config, stop) = (WorkerConfig::default(), CancellationToken::new());
+        let located = locate(&facts, &config, &stop).await.unwrap();
+        let expected = Located { path: file.into(), parts: Some(folder.into()), family: Some("flux_dev".into()) };
+        assert_eq!(located, expected);
+        let lost = ModelFacts { parts: Some("/no/such/folder".into()), ..facts };
+        let error = locate(&lost, &config, &stop).await.unwrap_err();
+        assert_eq!(error.kind(), FailureKind::Invalid);
+        assert!(error.to_string().contains("`/no/such/folder`"), "{error}");
+    }
+
     /// What a repository of Stable Diffusion 3 or FLUX lists.
     fn files_of_transformers() -> (serde_json::Value, Vec<String>) {
         let index = serde_json::json!({

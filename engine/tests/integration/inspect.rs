@@ -33,6 +33,16 @@ fn a_single_file_is_told_with_its_parts_and_formats() {
 }
 
 #[test]
+fn a_gguf_file_is_told_with_its_blocks() {
+    let found = inspect(&folder("flux_gguf").join("flux1-tiny-Q4_K_S.gguf")).unwrap();
+    assert_eq!((found.layout, found.family), ("gguf", Some("flux_dev")));
+    assert_eq!(names(&found), ["transformer"]);
+    let formats = &found.parts[0].formats;
+    assert!(formats.contains_key("F32") && formats.keys().any(|word| word.starts_with('Q')), "{formats:?}");
+    assert_eq!(formats.values().sum::<usize>(), found.files[0].tensors.len());
+}
+
+#[test]
 fn a_file_of_something_else_has_no_family_and_other_tensors() {
     let (_folder, path) = Recipe::read("flux_schnell").write(|tensors| {
         *tensors = [("lora_unet_up.weight".to_owned(), (Dtype::BF16, vec![2, 2], vec![0; 8]))].into();
