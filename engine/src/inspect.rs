@@ -22,7 +22,8 @@ pub struct Inspection {
     pub family: Option<&'static str>,
     /// Its parts, by name.
     pub parts: Vec<InspectedPart>,
-    /// The files with tensors, by path.
+    /// The files with tensors, by path. Whoever writes a report lists them with what else it knows of them.
+    #[serde(skip)]
     pub files: Vec<InspectedFile>,
 }
 
