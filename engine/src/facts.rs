@@ -25,6 +25,8 @@ pub struct CheckpointFacts {
     pub vae_factor: usize,
     /// Channels of a latent.
     pub latent_channels: usize,
+    /// Latent values along a side that its denoiser takes as one.
+    pub patch: usize,
     /// What its denoiser predicts.
     pub prediction: PredictionKind,
     /// What latents are multiplied by for the denoiser.
@@ -49,6 +51,7 @@ impl FamilyKind {
             height: facts.side,
             vae_factor: 8,
             latent_channels: facts.latent_channels,
+            patch: facts.patch,
             prediction: facts.prediction,
             scaling_factor: facts.scaling_factor,
             shift_factor: facts.shift_factor,

@@ -72,6 +72,8 @@ pub struct FamilyFacts {
     pub shift_factor: f64,
     /// Channels of a latent.
     pub latent_channels: usize,
+    /// Latent values along a side that its denoiser takes as one.
+    pub patch: usize,
     /// The licence that its first checkpoints came with; a finetune's may differ.
     pub licence: &'static str,
     /// What stands in the `scheduler_config.json` of the first checkpoints.
@@ -118,6 +120,7 @@ const SD1: FamilyFacts = FamilyFacts {
     scaling_factor: 0.18215,
     shift_factor: 0.0,
     latent_channels: 4,
+    patch: 1,
     licence: OPENRAIL,
     scheduler: PNDM,
     pipeline: "StableDiffusionPipeline",
@@ -171,6 +174,7 @@ const SD3: FamilyFacts = FamilyFacts {
     scaling_factor: 1.5305,
     shift_factor: 0.0609,
     latent_channels: 16,
+    patch: 2,
     licence: COMMUNITY,
     scheduler: FLOW,
     pipeline: "StableDiffusion3Pipeline",
@@ -196,6 +200,7 @@ const FLUX_DEV: FamilyFacts = FamilyFacts {
     scaling_factor: 0.3611,
     shift_factor: 0.1159,
     latent_channels: 16,
+    patch: 2,
     licence: "FLUX.1 [dev] Non-Commercial",
     scheduler: FLOW_BY_SIZE,
     pipeline: "FluxPipeline",

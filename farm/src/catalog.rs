@@ -30,8 +30,11 @@ pub struct ModelFacts {
     pub width: u32,
     /// Native height in pixels.
     pub height: u32,
-    /// Pixels a latent cell covers; both sides of a picture are multiples of it.
+    /// Pixels a latent cell covers.
     pub vae_factor: u32,
+    /// Latent cells along a side that the denoiser takes as one.
+    #[serde(default = "ModelFacts::one")]
+    pub patch: u32,
     /// Default number of steps.
     pub steps: u32,
     /// Default guidance scale.
@@ -103,6 +106,7 @@ impl ModelFacts {
             width: 512,
             height: 512,
             vae_factor: 8,
+            patch: 1,
             steps: 25,
             guidance_scale: 7.5,
             sampler: None,
@@ -113,6 +117,15 @@ impl ModelFacts {
             shift_factor: None,
             licence: None,
         }
+    }
+
+    fn one() -> u32 {
+        1
+    }
+
+    /// Pixels that both sides of a picture are multiples of.
+    pub fn side_multiple(&self) -> u32 {
+        self.vae_factor.saturating_mul(self.patch)
     }
 
     /// These facts, but what `config` says.
@@ -144,6 +157,7 @@ impl ModelFacts {
             factor.to_string(),
             (1..=MAX_VAE_FACTOR).contains(&factor),
         )?;
+        let factor = self.side_multiple();
         for (key, side) in [("width", self.width), ("height", self.height)] {
             must(
                 key,

@@ -60,6 +60,7 @@ fn in_the_farms_words(found: &CheckpointFacts) -> ModelFacts {
         width: number(found.width),
         height: number(found.height),
         vae_factor: number(found.vae_factor),
+        patch: number(found.patch),
         steps: found.steps,
         guidance_scale: found.guidance_scale,
         prediction: Some(found.prediction.as_str().to_owned()),

@@ -7,6 +7,7 @@
 mod support;
 
 mod command_line;
+mod families;
 mod faults;
 mod init_images;
 mod throughput;

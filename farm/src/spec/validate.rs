@@ -156,7 +156,7 @@ fn check_size(
 ) -> Result<(u32, u32), ValidationError> {
     let side = |field: &str, asked: Option<i64>, native: u32| {
         let value = asked.unwrap_or(i64::from(native));
-        let factor = i64::from(facts.vae_factor);
+        let factor = i64::from(facts.side_multiple());
         if value < factor || value > i64::from(limits.side) || value % factor != 0 {
             let limit = format!("{factor} to {} and a multiple of {factor}", limits.side);
             return Err(refuse(field, limit, value));

@@ -40,6 +40,11 @@ pub fn tiny_checkpoint() -> PathBuf {
 impl Farm {
     /// A scheduler and `workers` workers that know the checkpoints `demo` and `tiny`.
     pub async fn start(services: Services, workers: usize) -> Self {
+        Self::start_with(services, workers, &[]).await
+    }
+
+    /// The same with `more` variables, which win over the usual ones.
+    pub async fn start_with(services: Services, workers: usize, more: &[(&str, String)]) -> Self {
         let prefix = format!("e2e-{}", uuid::Uuid::now_v7().simple());
         let store_url = create_database(&services.store_url, &prefix.replace('-', "_")).await;
         let artifacts_url = format!("{}/{prefix}", services.artifacts_url);
@@ -64,7 +69,10 @@ impl Farm {
             ("KILN_SCHEDULER_RECONCILE_GRACE_SECONDS", "5".into()),
             ("KILN_SCHEDULER_LEFTOVER_GRACE_SECONDS", "2".into()),
             ("KILN_LOG", "info".into()),
-        ] {
+        ]
+        .into_iter()
+        .chain(more.iter().cloned())
+        {
             environment.retain(|(known, _)| known != name);
             environment.push((name.into(), value));
         }

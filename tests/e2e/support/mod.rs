@@ -10,7 +10,7 @@ pub use audit::audit;
 pub use client::Client;
 pub use farm::{Farm, tiny_checkpoint};
 pub use process::{Process, kiln};
-pub use services::{control, services};
+pub use services::{control, repository, services};
 
 use std::future::Future;
 use std::time::{Duration, Instant};

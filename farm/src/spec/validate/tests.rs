@@ -67,6 +67,16 @@ fn options_of_a_family_reach_it_and_others_refuse_them() {
 }
 
 #[test]
+fn sides_are_multiples_of_what_the_denoiser_takes_as_one() {
+    let facts = ModelFacts { patch: 2, ..ModelFacts::assumed("here") };
+    let catalog = Catalog::new(BTreeMap::from([("m".to_owned(), facts)]), "m").unwrap();
+    let asked = |width: i64| request(json!({"width": width})).validate(&catalog, &Limits::default(), Lane::Bulk, || 7);
+    assert!(asked(1040).is_ok());
+    let refused = asked(1032).unwrap_err().to_string();
+    assert_eq!(refused, "`width` must be 16 to 4096 and a multiple of 16, but is 1032");
+}
+
+#[test]
 fn options_of_a_family_have_limits_too() {
     let table = [
         (
