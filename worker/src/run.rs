@@ -178,12 +178,15 @@ async fn live(
     served.context("serving")
 }
 
-/// Calls an orderly stop overdue once it has taken its time.
+/// Calls an orderly stop overdue once it has taken its time, and a little later whatever still asks for the store's
+/// answer: with the store away, rows that had not begun could never be given back, and the stop would wait for that.
 async fn time_the_stop(context: Arc<Context>, end: CancellationToken) {
     let timing = async {
         context.stop.cancelled().await;
         tokio::time::sleep(seconds(context.config.shutdown_seconds)).await;
         context.overdue.cancel();
+        tokio::time::sleep(JOIN_PATIENCE).await;
+        context.abandon.cancel();
     };
     end.run_until_cancelled(timing).await;
 }
@@ -217,8 +220,12 @@ async fn listen(context: Arc<Context>, mut events: mpsc::UnboundedReceiver<Event
 async fn wind_down(context: &Arc<Context>) {
     if context.overdue.run_until_cancelled(context.holdings.empty()).await.is_none() {
         tracing::warn!(worker.id = %context.id, jobs = context.holdings.len(), "the stop takes too long: what is left is given back");
-        let release = settle::released(context, context.holdings.job_ids());
-        let _ = tokio::time::timeout(JOIN_PATIENCE, release).await;
+        let mut release = std::pin::pin!(settle::released(context, context.holdings.job_ids()));
+        if tokio::time::timeout(JOIN_PATIENCE, &mut release).await.is_err() {
+            // Cut off in the middle it would keep its receipts, and all subscriptions would wait for those.
+            context.abandon.cancel();
+            let _ = tokio::time::timeout(JOIN_PATIENCE, release).await;
+        }
     }
     context.abandon.cancel();
     let _speaking = tokio::time::timeout(JOIN_PATIENCE, context.speaking.lock()).await;
