@@ -4,62 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine::{Checkpoint, Error, Latent, Precision, RowId, RowRequest, RunningBatch, render};
-use image::RgbImage;
-use serde::Deserialize;
 
+use crate::golden;
 use crate::support::{checkpoint, copy_of, cpu, fixtures, folder, request};
 
 const CHECKPOINTS: [&str; 2] = ["flux_dev", "flux_schnell"];
 
-/// One entry of `flux_pictures.json`.
-#[derive(Deserialize)]
-struct Golden {
-    checkpoint: String,
-    file: String,
-    prompt: String,
-    negative_prompt: String,
-    width: usize,
-    height: usize,
-    steps: usize,
-    guidance_scale: f64,
-    true_cfg_scale: f64,
-    max_sequence_length: Option<usize>,
-    seed: u64,
-}
-
-impl Golden {
-    fn request(&self) -> RowRequest {
-        RowRequest {
-            negative_prompt: self.negative_prompt.clone(),
-            width: self.width,
-            height: self.height,
-            steps: self.steps,
-            guidance_scale: self.guidance_scale,
-            true_cfg_scale: Some(self.true_cfg_scale),
-            max_sequence_length: self.max_sequence_length,
-            seed: self.seed,
-            ..request(&self.prompt)
-        }
-    }
-}
-
 /// How far a checkpoint's pictures are from diffusers' at most, and how many there are.
 fn worst(name: &str, checkpoint: &Arc<Checkpoint>) -> (u8, usize) {
-    let list = std::fs::read_to_string(fixtures().join("flux_pictures.json")).unwrap();
-    let goldens: Vec<Golden> = serde_json::from_str(&list).unwrap();
+    let goldens = golden::read(&fixtures().join("flux_pictures.json"));
     let mut worst = (0, 0);
     for golden in goldens.iter().filter(|golden| golden.checkpoint == name) {
-        let expected = image::open(fixtures().join("pictures").join(&golden.file)).unwrap().into_rgb8();
-        let got = render(checkpoint, &golden.request(), |_, _| {}).unwrap();
-        worst = (largest_difference(&got, &expected).max(worst.0), worst.1 + 1);
+        worst = (golden.difference(checkpoint).max(worst.0), worst.1 + 1);
     }
     println!("{name}: {worst:?}");
     worst
-}
-
-fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
-    assert_eq!(got.dimensions(), expected.dimensions());
-    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }
 
 #[test]

@@ -6,59 +6,16 @@ use std::sync::Arc;
 use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest, RunningBatch};
 use engine::{gray, render};
 use image::RgbImage;
-use serde::Deserialize;
 
+use crate::golden;
 use crate::support::{checkpoint, fixtures, folder, init, largest_difference, mask, request};
-
-/// One entry of `init_pictures.json`.
-#[derive(Deserialize)]
-struct Golden {
-    checkpoint: String,
-    file: String,
-    init_image: String,
-    mask_image: Option<String>,
-    strength: f64,
-    prompt: String,
-    negative_prompt: String,
-    width: usize,
-    height: usize,
-    steps: usize,
-    guidance_scale: f64,
-    sampler: Option<String>,
-    schedule: Option<String>,
-    seed: u64,
-}
-
-impl Golden {
-    fn request(&self) -> RowRequest {
-        RowRequest {
-            prompt: self.prompt.clone(),
-            negative_prompt: self.negative_prompt.clone(),
-            width: self.width,
-            height: self.height,
-            steps: self.steps,
-            guidance_scale: self.guidance_scale,
-            sampler: self.sampler.as_deref().map(|word| word.parse().unwrap()),
-            schedule: self.schedule.as_deref().map(|word| word.parse().unwrap()),
-            seed: self.seed,
-            init_image: init(&self.init_image, self.strength, self.mask_image.as_deref().map(mask)),
-            ..RowRequest::default()
-        }
-    }
-}
-
-fn goldens() -> Vec<Golden> {
-    serde_json::from_str(&std::fs::read_to_string(fixtures().join("init_pictures.json")).unwrap()).unwrap()
-}
 
 #[test]
 fn every_picture_is_at_most_one_level_off_diffusers() {
-    let goldens = goldens();
+    let goldens = golden::read(&fixtures().join("init_pictures.json"));
     let mut off = Vec::new();
     for golden in &goldens {
-        let expected = image::open(fixtures().join("pictures").join(&golden.file)).unwrap().into_rgb8();
-        let got = render(&checkpoint(&golden.checkpoint), &golden.request(), |_, _| {}).unwrap();
-        let difference = largest_difference(&got, &expected);
+        let difference = golden.difference(&checkpoint(&golden.checkpoint));
         if difference > 1 {
             off.push(format!("{} ({}) by {difference}", golden.file, golden.checkpoint));
         }
