@@ -220,12 +220,9 @@ async fn listen(context: Arc<Context>, mut events: mpsc::UnboundedReceiver<Event
 async fn wind_down(context: &Arc<Context>) {
     if context.overdue.run_until_cancelled(context.holdings.empty()).await.is_none() {
         tracing::warn!(worker.id = %context.id, jobs = context.holdings.len(), "the stop takes too long: what is left is given back");
-        let mut release = std::pin::pin!(settle::released(context, context.holdings.job_ids()));
-        if tokio::time::timeout(JOIN_PATIENCE, &mut release).await.is_err() {
-            // Cut off in the middle it would keep its receipts, and all subscriptions would wait for those.
-            context.abandon.cancel();
-            let _ = tokio::time::timeout(JOIN_PATIENCE, release).await;
-        }
+        let release = settle::released(context, context.holdings.job_ids());
+        // It ends by itself when `abandon` comes; cut off before, it would keep receipts that subscriptions wait for.
+        let _ = tokio::time::timeout(2 * JOIN_PATIENCE, release).await;
     }
     context.abandon.cancel();
     let _speaking = tokio::time::timeout(JOIN_PATIENCE, context.speaking.lock()).await;

@@ -114,6 +114,11 @@ impl Tensor {
         }
     }
 
+    /// A tensor of nothing but zeros.
+    pub fn zeros(dims: &[usize], place: &Place) -> Result<Self> {
+        Self::new(&vec![0.0; dims.iter().product()], dims, place)
+    }
+
     pub(super) fn on_host(buffer: Buffer, dims: &[usize]) -> Self {
         debug_assert_eq!(buffer.len(), dims.iter().product::<usize>(), "values of a tensor");
         let values = Values::Host(Host { buffer: Arc::new(buffer), pending: None });

@@ -152,6 +152,11 @@ pub(super) struct Parts<'a> {
 }
 
 impl Parts<'_> {
+    /// Whether `model_index.json` lists the part with a class, and not as left out.
+    pub fn has(&self, part: &str) -> bool {
+        self.index.get(part).is_some_and(|listed| listed.get(1).is_some_and(|class| class.is_string()))
+    }
+
     /// An error unless `value`, which the part's configuration has in `field`, is `expected`.
     pub fn fit(&self, part: &str, field: &str, value: usize, expected: usize, what: &str) -> Result<()> {
         if value == expected {

@@ -37,14 +37,13 @@ enum LongText {
 
 /// Loads `text_encoder` with `tokenizer`, their second and, where there is such, third siblings, and `transformer`.
 pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
-    let Parts { source, index, vae, place } = *parts;
+    let Parts { source, vae, place, .. } = *parts;
     let output = ClipOutput { states: States::Penultimate, pooled: Pooled::Projected };
     let text = ClipText::load(source, "text_encoder", "tokenizer", output, place)?;
     let text_2 = ClipText::load(source, "text_encoder_2", "tokenizer_2", output, place)?;
-    let has_t5 = index.get("text_encoder_3").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
     let transformer = Mmdit::load(source.part("transformer"), place)?;
     let config = &transformer.config;
-    let text_3 = if has_t5 {
+    let text_3 = if parts.has("text_encoder_3") {
         LongText::T5(Box::new(T5Text::load(source, "text_encoder_3", "tokenizer_3", place)?))
     } else {
         LongText::Absent(config.context)
@@ -67,14 +66,14 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
         );
         return Err(Error::checkpoint(source.path("transformer").join("config.json"), problem));
     }
-    let padding = if width < config.context { Some(zeros(positions, config.context - width, place)?) } else { None };
+    let padding = if width < config.context {
+        Some(Tensor::zeros(&[1, positions, config.context - width], place)?)
+    } else {
+        None
+    };
     let most_pixels = config.most_tokens * config.patch * vae.factor();
     let place = place.clone();
     Ok(Box::new(StableDiffusion3 { text, text_2, text_3, transformer, place, padding, most_pixels }))
-}
-
-fn zeros(tokens: usize, width: usize, place: &Place) -> Result<Tensor> {
-    Tensor::new(&vec![0.0; tokens * width], &[1, tokens, width], place)
 }
 
 impl StableDiffusion3 {
@@ -86,7 +85,7 @@ impl StableDiffusion3 {
         }
         let long = match &self.text_3 {
             LongText::T5(t5) => t5.embed(prompt, t5_tokens, cache)?.states,
-            LongText::Absent(width) => zeros(t5_tokens, *width, &self.place)?,
+            LongText::Absent(width) => Tensor::zeros(&[1, t5_tokens, *width], &self.place)?,
         };
         let pooled = match (&first.pooled, &second.pooled) {
             (Some(first), Some(second)) => Some(ops::concat_channels(first, second)?),

@@ -32,8 +32,11 @@ struct StableDiffusionXl {
 pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     let Parts { source, index, place, .. } = *parts;
     let output = ClipOutput { states: States::Penultimate, pooled: Pooled::No };
-    let has_first = index.get("text_encoder").is_some_and(|part| part.get(1).is_some_and(|class| class.is_string()));
-    let text = if has_first { Some(ClipText::load(source, "text_encoder", "tokenizer", output, place)?) } else { None };
+    let text = if parts.has("text_encoder") {
+        Some(ClipText::load(source, "text_encoder", "tokenizer", output, place)?)
+    } else {
+        None
+    };
     let output = ClipOutput { pooled: Pooled::Projected, ..output };
     let text_2 = ClipText::load(source, "text_encoder_2", "tokenizer_2", output, place)?;
     let unet = UNet::load(source.part("unet"), place)?;
@@ -58,19 +61,14 @@ impl StableDiffusionXl {
         let second = self.text_2.embed(prompt, cache)?;
         let tokens = match &self.text {
             None => second.states,
-            Some(first) => {
-                let wide = |x: &Tensor| x.reshape(&[1, 1, x.dims()[1], x.dims()[2]]);
-                let first = first.embed(prompt, cache)?.states;
-                let both = ops::concat_channels(&wide(&first)?, &wide(&second.states)?)?;
-                both.reshape(&both.dims()[1..])?
-            }
+            Some(first) => ops::concat_channels(&first.embed(prompt, cache)?.states, &second.states)?,
         };
         Ok(Conditioning { tokens, pooled: second.pooled, numbers: numbers.into() })
     }
 
     /// What `other` would be if its prompt were nothing at all.
     fn zeros(&self, other: &Conditioning, numbers: &[f32]) -> Result<Conditioning> {
-        let zeros = |x: &Tensor| Tensor::new(&vec![0.0; x.elements()], x.dims(), &self.place);
+        let zeros = |x: &Tensor| Tensor::zeros(x.dims(), &self.place);
         let pooled = other.pooled.as_ref().map(zeros).transpose()?;
         Ok(Conditioning { tokens: zeros(&other.tokens)?, pooled, numbers: numbers.into() })
     }

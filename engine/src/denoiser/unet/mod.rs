@@ -123,9 +123,7 @@ impl UNet {
         };
         let waves = Waves { width: config.waves, ..self.config.waves }.of(added.numbers);
         let rows = timesteps.len();
-        let waves = Tensor::new(&waves, &[rows, 1, 1, waves.len() / rows], &self.place)?;
-        let pooled = added.pooled.reshape(&[rows, 1, 1, added.pooled.elements() / rows])?;
-        let told = ops::concat_channels(&pooled, &waves)?;
-        embedding.forward_add(&told.reshape(&[rows, told.elements() / rows])?, &time)
+        let waves = Tensor::new(&waves, &[rows, waves.len() / rows], &self.place)?;
+        embedding.forward_add(&ops::concat_channels(added.pooled, &waves)?, &time)
     }
 }
