@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
     parser.add_argument("--threads", type=int, default=2, help="of either side")
     parser.add_argument("--instructions", choices=list(LIMITS), help="keep both sides to a lesser processor's")
+    parser.add_argument("--alone", action="store_true", help="one side after the other, each alone in memory and without a run to warm up: for models that fit only once")
     parser.add_argument("--no-pictures", action="store_true", help="do not compare what comes out")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     args = parser.parse_args()
@@ -80,6 +81,7 @@ class Side:
         return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
 
     def end(self) -> None:
+        self.peak = self.peak_mib()
         self.process.stdin.close()
         self.process.wait()
 
@@ -103,25 +105,40 @@ def theirs(args, precision: str, part: str, layout: str, **more) -> Side:
 
 
 def compare(args, precision: str, part: str) -> dict:
-    """Lets the sides take turns."""
-    sides = [ours(args, precision, part), *(theirs(args, precision, part, layout) for layout in args.layout)]
+    """Lets the sides take turns, or follow each other."""
+    starts = [lambda: ours(args, precision, part), *(lambda layout=layout: theirs(args, precision, part, layout) for layout in args.layout)]
     before = os.getloadavg()
+    sides = one_by_one(starts, args.rounds) if args.alone else in_turns([start() for start in starts], args.rounds)
+    after = os.getloadavg()
+    peaks = {side.name: side.peak for side in sides}
+    samples = {side.name: side.samples for side in sides}
+    return {
+        "part": part, "precision": precision, "size": args.size, "batch": args.batch, "steps": args.steps if part == "picture" else None,
+        "samples": samples, **ratios(samples), "peak_mib": peaks, "load_seconds": {side.name: side.ready.get("load_seconds") for side in sides}, "load_average_before": before, "load_average_after": after, "kiln": sides[0].ready,
+    }
+
+
+def in_turns(sides: list[Side], rounds: int) -> list[Side]:
     for side in sides:
         side.run()
-    for number in range(args.rounds):
+    for number in range(rounds):
         # Nobody always comes after the same one.
         turn = number % len(sides)
         for side in sides[turn:] + sides[:turn]:
             side.samples.append(side.run())
-    after = os.getloadavg()
-    peaks = {side.name: side.peak_mib() for side in sides}
     for side in sides:
         side.end()
-    samples = {side.name: side.samples for side in sides}
-    return {
-        "part": part, "precision": precision, "size": args.size, "batch": args.batch, "steps": args.steps if part == "picture" else None,
-        "samples": samples, **ratios(samples), "peak_mib": peaks, "load_average_before": before, "load_average_after": after, "kiln": sides[0].ready,
-    }
+    return sides
+
+
+def one_by_one(starts: list, rounds: int) -> list[Side]:
+    sides = []
+    for start in starts:
+        side = start()
+        side.samples = [side.run() for _ in range(rounds)]
+        side.end()
+        sides.append(side)
+    return sides
 
 
 def ratios(samples: dict[str, list[float]]) -> dict:

@@ -81,7 +81,8 @@ class Picture:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        pipe = DiffusionPipeline.from_pretrained(args.checkpoint, torch_dtype=DTYPES[args.precision], use_safetensors=True)
+        parts = quantised_parts(args.checkpoint, DTYPES[args.precision])
+        pipe = DiffusionPipeline.from_pretrained(args.checkpoint, torch_dtype=DTYPES[args.precision], use_safetensors=True, **parts)
         denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         denoiser.to(memory_format=LAYOUTS[args.layout])
         pipe.vae.to(memory_format=LAYOUTS[args.layout])
@@ -100,6 +101,36 @@ class Picture:
         if args.out:
             pictures[0].save(args.out)
         return seconds
+
+
+def quantised_parts(checkpoint: Path, dtype: torch.dtype) -> dict:
+    """FLUX's transformer and T5 from GGUF files in their folders. diffusers keeps the transformer's blocks and makes numbers of them at each use;
+    of T5's, numbers are made here, since transformers would make all of them in f32 first."""
+    parts = {}
+    for file in checkpoint.glob("transformer/*.gguf"):
+        from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
+        parts["transformer"] = FluxTransformer2DModel.from_single_file(
+            str(file), config=str(file.parent), quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), torch_dtype=dtype,
+        )
+    for file in checkpoint.glob("text_encoder_2/*.gguf"):
+        import gguf
+        from transformers import T5Config, T5EncoderModel
+
+        config = T5Config.from_pretrained(file.parent)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, config.num_layers)
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        with torch.device("meta"):
+            encoder = T5EncoderModel(config)
+        state = {}
+        for name, parameter in encoder.named_parameters():
+            tensor = stored[names.get_name(name, (".weight",))]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            state[name] = torch.from_numpy(values).to(dtype).reshape(parameter.shape)
+        encoder.load_state_dict(state, assign=True, strict=False)
+        encoder.tie_weights()
+        parts["text_encoder_2"] = encoder.eval()
+    return parts
 
 
 @torch.inference_mode()

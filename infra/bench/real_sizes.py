@@ -94,6 +94,12 @@ def drawn(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
     return noise * gain(name) / math.sqrt(math.prod(shape[1:]))
 
 
+def tokens() -> dict:
+    """Of a CLIP text encoder's configuration: the published vocabulary's size, and the fixtures' marks."""
+    vocabulary, _ = tokenizer_vocabulary()
+    return {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
+
+
 def write(model: torch.nn.Module, folder: Path, file: str, generator: torch.Generator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_config"):
@@ -112,7 +118,6 @@ def build(name: str) -> Path:
         return folder
     print(f"making random weights of the real size in {folder} (once, several GB)", file=sys.stderr)
     generator = torch.Generator().manual_seed(3)
-    vocabulary, _ = tokenizer_vocabulary()
     index = {"_class_name": model["pipeline"], "_diffusers_version": "0.42.1", "scheduler": ["diffusers", model["scheduler"]["_class_name"]]}
     weights = "diffusion_pytorch_model.safetensors"
     with torch.device("meta"):
@@ -121,8 +126,7 @@ def build(name: str) -> Path:
             parts["unet"] = UNet2DConditionModel(**model["unet"])
         else:
             parts["transformer"] = SD3Transformer2DModel(**model["transformer"])
-        tokens = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": vocabulary[START], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
-        texts = {part: kind(CLIPTextConfig(**config, **tokens)) for part, (kind, config) in model["texts"].items()}
+        texts = {part: kind(CLIPTextConfig(**config, **tokens())) for part, (kind, config) in model["texts"].items()}
     for part, network in parts.items():
         write(network, folder / part, weights, generator)
         index[part] = ["diffusers", type(network).__name__]

@@ -7,7 +7,6 @@ use super::kernel::element::Element;
 use super::kernel::isa::Isa;
 use super::kernel::panels::Panels;
 use super::kernel::product::{Finish, Then};
-use super::kernel::winograd_product::Factors;
 use super::parameter::Parameter;
 use super::shared::Shared;
 use super::tensor::{Host, Place, Tensor, Values};
@@ -43,7 +42,7 @@ pub(crate) struct Conv2d {
 
 enum Weight {
     Host {
-        packed: Packed,
+        weight: Panels,
         bias: Option<Vec<f32>>,
     },
     /// (out, in, kernel height, kernel width) as in the checkpoint, and (out).
@@ -51,14 +50,6 @@ enum Weight {
         weight: candle_core::Tensor,
         bias: Option<candle_core::Tensor>,
     },
-}
-
-/// A weight as one of the ways to compute a convolution on the host wants it.
-pub(super) enum Packed {
-    /// For windows, or for minimal filtering that transforms it on the way.
-    Windows(Panels),
-    /// Transformed for minimal filtering.
-    Filtered(Vec<Panels>),
 }
 
 /// What a convolution adds to its result.
@@ -81,14 +72,10 @@ impl Conv2d {
                 weight: weight.on_device(place)?,
                 bias: bias.map(|bias| bias.on_device(place)).transpose()?,
             },
-            Some(format) => {
-                let packed = if filters_transformed(format, kernel, shape, inputs * outputs) {
-                    Packed::Filtered(winograd::transformed(weight, outputs, inputs)?)
-                } else {
-                    Packed::Windows(pack_windows(format, weight, outputs, inputs, kernel_height * kernel_width)?)
-                };
-                Weight::Host { packed, bias: bias.map(|bias| bias.values()) }
-            }
+            Some(format) => Weight::Host {
+                weight: Panels::pack_weight(format, weight, (outputs, kernel_height * kernel_width), Some)?,
+                bias: bias.map(|bias| bias.values()),
+            },
         };
         Ok(Self { weight: packed, shape, kernel, inputs, outputs })
     }
@@ -127,7 +114,7 @@ impl Conv2d {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
                 Ok(Tensor::on_device(on_device(x, weight, bias.as_ref(), self.shape, added)?))
             }
-            (Weight::Host { packed, bias }, Values::Host(host)) => {
+            (Weight::Host { weight, bias }, Values::Host(host)) => {
                 let before = self.shape.padding.0;
                 let windows = Windows {
                     kernel: self.kernel,
@@ -137,59 +124,35 @@ impl Conv2d {
                 };
                 let call = HostCall { x, bias: bias.as_deref(), added, outputs: self.outputs };
                 let format = host.buffer.format();
-                if format != packed.format() || added.format().is_some_and(|added| added != format) {
+                if format != weight.format() || added.format().is_some_and(|added| added != format) {
                     return Err(misuse(
                         "a convolution, its input and what is added are of different formats".to_owned(),
                     ));
                 }
-                // A row's own tiles decide: what is computed in company must be what is computed alone.
-                let plain = format == Format::F32
-                    && filters(self.kernel, self.shape, self.inputs * self.outputs)
-                    && winograd::tiles::<6>(Map { height, width, channels: inputs }).count() >= 4;
-                let output = match (format, packed) {
-                    (Format::F32, Packed::Windows(panels)) if plain => call.filter::<f32, 6>(Factors::Plain(panels)),
-                    (Format::F32, packed) => call.run::<f32>(packed, windows),
-                    (Format::Bf16, packed) => call.run::<bf16>(packed, windows),
+                let map = Map { height, width, channels: inputs };
+                let output = match (format, self.filters(format, map)) {
+                    (Format::F32, true) => call.filter::<f32, 6>(weight),
+                    (Format::Bf16, true) => call.filter::<bf16, 4>(weight),
+                    (Format::F32, false) => call.run::<f32>(weight, windows),
+                    (Format::Bf16, false) => call.run::<bf16>(weight, windows),
                 }?;
                 Ok(Tensor::on_host(output, &dims))
             }
             _ => Err(misuse("a convolution and its input are on different devices".to_owned())),
         }
     }
-}
 
-/// A weight (outputs, inputs, taps) with its inner positions as windows have them: taps, then inputs.
-pub(super) fn pack_windows(
-    format: Format,
-    weight: &Parameter<'_>,
-    outputs: usize,
-    inputs: usize,
-    taps: usize,
-) -> Result<Panels> {
-    let pixel = match format {
-        Format::F32 => inputs.next_multiple_of(f32::DEPTH),
-        Format::Bf16 => inputs.next_multiple_of(bf16::DEPTH),
-    };
-    Panels::pack(format, outputs, taps * pixel, |output, column| {
-        if taps == 1 {
-            return weight.read(output * inputs, &mut column[..inputs]);
-        }
-        let mut values = vec![0.0; inputs * taps];
-        weight.read(output * inputs * taps, &mut values);
-        for (input, values) in values.chunks_exact(taps).enumerate() {
-            for (tap, value) in values.iter().enumerate() {
-                column[tap * pixel + input] = *value;
-            }
-        }
-    })
-}
-
-impl Packed {
-    fn format(&self) -> Format {
-        match self {
-            Self::Windows(panels) => panels.format(),
-            Self::Filtered(parts) => parts[0].format(),
-        }
+    /// Whether minimal filtering computes it, and is worth it. A row's own tiles decide: what is computed in
+    /// company must be what is computed alone.
+    fn filters(&self, format: Format, map: Map) -> bool {
+        /// Below so many weights of a tap there is more to transform than to multiply.
+        const FEW: usize = 1 << 12;
+        let worth = match format {
+            Format::F32 => winograd::tiles::<6>(map).count() >= 4,
+            // By matrix tiles, multiplications are all but free.
+            Format::Bf16 => winograd::tiles::<4>(map).count() >= 16 && Isa::best() != Isa::Amx,
+        };
+        worth && self.kernel == (3, 3) && self.shape == ConvShape::same(3) && self.inputs * self.outputs >= FEW
     }
 }
 
@@ -213,22 +176,6 @@ impl Added<'_> {
     }
 }
 
-/// Below so many weights of a tap there is more to transform than to multiply.
-const FEW: usize = 1 << 12;
-
-/// Whether minimal filtering can compute it, and so many weights of a tap are worth it.
-fn filters(kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
-    kernel == (3, 3) && shape == ConvShape::same(3) && weights >= FEW
-}
-
-/// Whether its weight, which grows to 16/9 by it, is transformed once and kept so. In `f32` it would grow
-/// to 4 times and is transformed at each use; where `bf16` goes by tiles, multiplications are all but free.
-fn filters_transformed(format: Format, kernel: (usize, usize), shape: ConvShape, weights: usize) -> bool {
-    /// More would cost more memory than the time is worth: such weights meet the smallest maps.
-    const MANY: usize = 1 << 22;
-    filters(kernel, shape, weights) && weights <= MANY && format == Format::Bf16 && Isa::best() != Isa::Amx
-}
-
 /// One use of a convolution on the host.
 pub(super) struct HostCall<'a> {
     pub x: &'a Tensor,
@@ -239,24 +186,20 @@ pub(super) struct HostCall<'a> {
 
 impl HostCall<'_> {
     /// The whole output, position after position.
-    fn run<E: Element>(&self, packed: &Packed, windows: Windows) -> Result<Buffer> {
-        let panels = match packed {
-            Packed::Windows(panels) => panels,
-            Packed::Filtered(parts) => return self.filter::<E, 4>(Factors::Ready(parts)),
-        };
+    fn run<E: Element>(&self, weight: &Panels, windows: Windows) -> Result<Buffer> {
         let (rows, outputs, (down, across)) = (self.x.dims()[0], self.outputs, windows.outputs);
         let mut output = Buffer::new(E::FORMAT, rows * down * across * outputs)?;
         let placing = Placing { first: 0, row: down * across * outputs, line: across * outputs, position: outputs };
-        self.run_windows::<E>(panels, windows, placing, &mut output)?;
+        self.run_windows::<E>(weight, windows, placing, &mut output)?;
         Ok(output)
     }
 
     /// The whole output by minimal filtering with patches of `N` a side.
-    fn filter<E: Element, const N: usize>(&self, factors: Factors<'_>) -> Result<Buffer> {
+    fn filter<E: Element, const N: usize>(&self, weight: &Panels) -> Result<Buffer> {
         let (rows, height, width, _) = self.x.dims4()?;
         let mut output = Buffer::new(E::FORMAT, rows * height * width * self.outputs)?;
         self.finish::<E>(|host, map, finish| {
-            winograd::Call { host, rows, map, factors, finish }.run::<N>(&Shared::new(output.values_mut()))
+            winograd::Call { host, rows, map, weight, finish }.run::<N>(&Shared::new(output.values_mut()))
         })?;
         Ok(output)
     }

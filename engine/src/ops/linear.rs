@@ -227,11 +227,7 @@ fn pack(
         let column = |column| order(column).map(|output| &bytes[output * each..][..each]);
         return Ok(Panels::pack_quantised(format, quantisation, columns, blocks, column));
     }
-    Panels::pack(format, columns, inputs, |column, to| {
-        if let Some(output) = order(column) {
-            weight.read(output * inputs, &mut to[..inputs]);
-        }
-    })
+    Panels::pack_weight(format, weight, (columns, 1), order)
 }
 
 /// How many columns are packed, and which output each one is; with a gate, panels of values and of their

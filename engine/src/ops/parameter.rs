@@ -2,10 +2,14 @@
 
 use std::borrow::Cow;
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use half::bf16;
+use rayon::prelude::*;
 
+use super::buffer::{Buffer, Format};
 use super::kernel::blocks::{Quantisation, STRETCH};
+use super::kernel::convert::{Convert, Plain};
+use super::kernel::element::Element;
+use super::kernel::isa::{Isa, dispatch};
 use super::tensor::{Place, Tensor};
 use crate::Result;
 
@@ -93,29 +97,31 @@ impl<'a> Parameter<'a> {
         }
     }
 
-    /// Its values from `start` on.
-    pub fn read(&self, start: usize, to: &mut [f32]) {
-        if let Stored::Quantised(format) = self.stored {
-            return unpack(format, &self.bytes, start, to);
-        }
+    /// Its values from `start` on, rounded to nearest.
+    pub(in crate::ops) fn read<E: Element>(&self, start: usize, to: &mut [E]) {
+        let format = match self.stored {
+            Stored::F32 => Plain::F32,
+            Stored::F16 => Plain::F16,
+            Stored::Bf16 => Plain::Bf16,
+            Stored::F64 | Stored::Quantised(_) => return self.read_in_pieces(start, to),
+        };
         let (_, each) = self.stored.block();
-        let bytes = &self.bytes[start * each..(start + to.len()) * each];
-        match self.stored {
-            Stored::Quantised(_) => {}
-            Stored::F64 => convert(bytes, to, |bytes: [u8; 8]| f64::from_le_bytes(bytes) as f32),
-            Stored::F32 => convert(bytes, to, f32::from_le_bytes),
-            Stored::Bf16 => convert(bytes, to, |bytes: [u8; 2]| bf16::from_le_bytes(bytes).to_f32()),
-            Stored::F16 => {
-                // In blocks: the conversion has instructions of its own for slices.
-                let mut block = [f16::ZERO; 64];
-                for (bytes, to) in bytes.chunks(128).zip(to.chunks_mut(64)) {
-                    let block = &mut block[..to.len()];
-                    for (half, bytes) in block.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                        *half = f16::from_le_bytes(*bytes);
-                    }
-                    block.convert_to_f32_slice(to);
+        let from = &self.bytes[start * each..(start + to.len()) * each];
+        dispatch(Isa::best(), Convert { from, format, to });
+    }
+
+    fn read_in_pieces<E: Element>(&self, start: usize, to: &mut [E]) {
+        let mut piece = [0f32; 256];
+        for (index, to) in to.chunks_mut(piece.len()).enumerate() {
+            let (start, values) = (start + index * piece.len(), &mut piece[..to.len()]);
+            match self.stored {
+                Stored::Quantised(format) => unpack(format, &self.bytes, start, values),
+                _ => {
+                    let bytes = self.bytes[start * 8..].as_chunks().0;
+                    values.iter_mut().zip(bytes).for_each(|(to, bytes)| *to = f64::from_le_bytes(*bytes) as f32);
                 }
             }
+            to.iter_mut().zip(values).for_each(|(to, value)| *to = E::from_f32(*value));
         }
     }
 
@@ -128,7 +134,20 @@ impl<'a> Parameter<'a> {
 
     /// It as a tensor at `place`.
     pub fn tensor(&self, place: &Place) -> Result<Tensor> {
-        Tensor::new(&self.values(), &self.dims, place)
+        let Some(format) = place.on_host() else {
+            return Ok(Tensor::on_device(self.on_device(place)?));
+        };
+        let mut buffer = Buffer::new(format, self.dims.iter().product())?;
+        match format {
+            Format::F32 => self.read_side_by_side::<f32>(buffer.values_mut()),
+            Format::Bf16 => self.read_side_by_side::<bf16>(buffer.values_mut()),
+        }
+        Ok(Tensor::on_host(buffer, &self.dims))
+    }
+
+    fn read_side_by_side<E: Element>(&self, to: &mut [E]) {
+        const PIECE: usize = 1 << 16;
+        to.par_chunks_mut(PIECE).enumerate().for_each(|(index, to)| self.read(index * PIECE, to));
     }
 
     /// It as a tensor of another device.
@@ -154,14 +173,10 @@ fn unpack(format: Quantisation, bytes: &[u8], start: usize, to: &mut [f32]) {
     }
 }
 
-fn convert<const N: usize>(bytes: &[u8], to: &mut [f32], of: impl Fn([u8; N]) -> f32) {
-    for (to, bytes) in to.iter_mut().zip(bytes.as_chunks::<N>().0) {
-        *to = of(*bytes);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
     use crate::ops::reference;
 
@@ -190,11 +205,47 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_read_from_its_place() {
-        let values: Vec<f32> = (0..200).map(|value| value as f32).collect();
-        let bytes: Vec<u8> = values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect();
-        let mut part = [0.0; 131];
-        Parameter::new(&bytes, Stored::F16, &[200]).read(7, &mut part);
-        assert_eq!(part, values[7..138]);
+    fn a_part_is_read_from_its_place_on_every_instruction_set() {
+        let values: Vec<f32> = (0..200).map(|value| value as f32 / 7.0 - 9.0).collect();
+        let halves = |of: fn(f32) -> [u8; 2]| values.iter().flat_map(|value| of(*value)).collect::<Vec<u8>>();
+        let stored = [
+            (Plain::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect(), values.clone()),
+            (
+                Plain::F16,
+                halves(|value| f16::from_f32(value).to_le_bytes()),
+                values.iter().map(|value| f16::from_f32(*value).to_f32()).collect(),
+            ),
+            (
+                Plain::Bf16,
+                halves(|value| bf16::from_f32(value).to_le_bytes()),
+                values.iter().map(|value| bf16::from_f32(*value).to_f32()).collect(),
+            ),
+        ];
+        for (format, bytes, expected) in stored {
+            let each = bytes.len() / values.len();
+            // Bytes of a file lie anywhere.
+            let bytes = [&[0], bytes.as_slice()].concat();
+            for (isa, (start, len)) in Isa::available()
+                .into_iter()
+                .flat_map(|isa| [(7, 131), (0, 200), (199, 1), (3, 0)].map(|part| (isa, part)))
+            {
+                let from = &bytes[1 + start * each..][..len * each];
+                let (mut single, mut narrow) = (vec![0f32; len], vec![bf16::ZERO; len]);
+                dispatch(isa, Convert { from, format, to: &mut single });
+                dispatch(isa, Convert { from, format, to: &mut narrow });
+                assert_eq!(single, expected[start..start + len]);
+                let rounded: Vec<bf16> = single.iter().copied().map(bf16::from_f32).collect();
+                assert_eq!(narrow, rounded);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tensor_holds_all_values_in_its_place_s_format() {
+        let values: Vec<f32> = (0..70_000).map(|value| (value % 251) as f32).collect();
+        let parameter = Parameter::from_values(&values, &[70, 1000]);
+        for place in reference::places() {
+            assert_eq!(parameter.tensor(&place).unwrap().to_values().unwrap(), values);
+        }
     }
 }

@@ -3,69 +3,24 @@
 
 use std::ops::Range;
 
-use half::bf16;
-
-use super::buffer::Format;
 use super::kernel::element::Element;
 use super::kernel::isa::{Isa, dispatch};
 use super::kernel::panels::Panels;
 use super::kernel::product::Finish;
 use super::kernel::winograd::{Outputs, Segment, Tiles};
-use super::kernel::winograd_product::{Block, Factors, Patches, sums_len, weights_len};
-use super::parameter::Parameter;
+use super::kernel::winograd_product::{Block, Patches, sums_len, weights_len};
 use super::shared::{Shared, run_tasks, wanted_tasks, with_scratch};
 use super::tensor::Host;
 use super::windows::{Area, Copy, Map, slices};
 use crate::Result;
-
-/// Transforms a checkpoint's (out, in, 3, 3) weight into `bf16` factors for tiles of 2 outputs a side, one
-/// for each place of a patch of 4.
-pub(super) fn transformed(weight: &Parameter<'_>, outputs: usize, inputs: usize) -> Result<Vec<Panels>> {
-    let inner = inputs.next_multiple_of(bf16::DEPTH);
-    Panels::pack_parts(Format::Bf16, 16, outputs, inner, |output, columns| {
-        let mut values = vec![0.0; inputs * 9];
-        weight.read(output * inputs * 9, &mut values);
-        transform_weight(&values, inner, columns);
-    })
-}
-
-/// One output's weight (inputs, 3 · 3) → G w Gᵀ as (4 · 4, inner), whose inputs may be fewer.
-fn transform_weight(values: &[f32], inner: usize, to: &mut [f32]) {
-    const TRANSFORM: [[f32; 3]; 4] = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]];
-    let inputs = values.len() / 9;
-    // Inputs side by side, so that each sum runs over whole vectors.
-    let mut taps = vec![0f32; 9 * inputs];
-    for (input, values) in values.as_chunks::<9>().0.iter().enumerate() {
-        for (tap, value) in values.iter().enumerate() {
-            taps[tap * inputs + input] = *value;
-        }
-    }
-    let mut lines = vec![0f32; 3 * inputs];
-    for (y, down) in TRANSFORM.into_iter().enumerate() {
-        for (column, line) in lines.chunks_exact_mut(inputs).enumerate() {
-            let tap = |row: usize| &taps[(3 * row + column) * inputs..][..inputs];
-            combine(down, [tap(0), tap(1), tap(2)], line);
-        }
-        for (x, across) in TRANSFORM.into_iter().enumerate() {
-            let line = |column: usize| &lines[column * inputs..][..inputs];
-            combine(across, [line(0), line(1), line(2)], &mut to[(y * 4 + x) * inner..][..inputs]);
-        }
-    }
-}
-
-/// The sum of three vectors times their factors.
-fn combine([first, second, third]: [f32; 3], [a, b, c]: [&[f32]; 3], to: &mut [f32]) {
-    for (((to, a), b), c) in to.iter_mut().zip(a).zip(b).zip(c) {
-        *to = first * a + second * b + third * c;
-    }
-}
 
 /// One use of a 3×3 convolution of stride 1 that keeps the map's size.
 pub(super) struct Call<'a, E> {
     pub host: &'a Host,
     pub rows: usize,
     pub map: Map,
-    pub factors: Factors<'a>,
+    /// (9 · inputs, outputs), as windows have it.
+    pub weight: &'a Panels,
     pub finish: &'a Finish<'a, E>,
 }
 
@@ -73,12 +28,17 @@ impl<E: Element> Call<'_, E> {
     /// Computes all outputs from patches of `N` a side: 4 for tiles of 2 outputs, 6 for tiles of 4.
     pub fn run<const N: usize>(&self, output: &Shared<'_, E>) -> Result<()> {
         let all = tiles::<N>(self.map);
-        let work = self.rows * all.count() * N * N * self.factors.inner() * self.factors.outputs();
+        let work = self.rows * all.count() * N * N * self.inner() * self.weight.outputs();
         let blocks = self.blocks::<N>(all);
-        let slices = slices(self.factors.outputs(), wanted_tasks(work).div_ceil(blocks.len().max(1)), self.finish.then);
+        let slices = slices(self.weight.outputs(), wanted_tasks(work).div_ceil(blocks.len().max(1)), self.finish.then);
         run_tasks(blocks.len() * slices.len(), work, |task| {
             self.block::<N>(&blocks[task % blocks.len()], slices[task / blocks.len()].clone(), output)
         })
+    }
+
+    /// Inner positions of a tap.
+    fn inner(&self) -> usize {
+        self.weight.inner() / 9
     }
 
     /// Cuts the tiles into blocks: parts of a row's map, or the whole maps of several rows.
@@ -89,7 +49,7 @@ impl<E: Element> Call<'_, E> {
         const TILES: usize = 128;
         /// Tiles of a block side by side.
         const ACROSS: usize = 16;
-        let most = (PATCHES / (N * N * self.factors.inner() * size_of::<E>())).clamp(8, TILES);
+        let most = (PATCHES / (N * N * self.inner() * size_of::<E>())).clamp(8, TILES);
         let across = all.across.div_ceil(all.across.div_ceil(ACROSS));
         let down = (most / across).clamp(1, all.down);
         let mut blocks: Vec<Vec<Segment>> = Vec::new();
@@ -115,16 +75,16 @@ impl<E: Element> Call<'_, E> {
 
     fn block<const N: usize>(&self, segments: &[Segment], panels: Range<usize>, output: &Shared<'_, E>) -> Result<()> {
         let Map { height, width, .. } = self.map;
-        let (factors, inner) = (self.factors, self.factors.inner());
+        let (weight, inner) = (self.weight, self.inner());
         let tiles = segments.iter().map(|segment| segment.tiles.count()).sum();
         with_scratch(N * N * tiles * inner, |patches: &mut [E]| {
             for segment in segments {
                 self.patches::<N>(*segment, tiles, patches)?;
             }
-            with_scratch(weights_len::<E, N>(factors), |weights| {
+            with_scratch(weights_len::<E, N>(), |weights| {
                 with_scratch(sums_len::<N>(tiles), |sums| {
                     let outputs = Outputs { height, width, finish: self.finish, values: output };
-                    let block = Block::<_, N> { patches, tiles, segments, factors, panels, weights, sums, outputs };
+                    let block = Block::<_, N> { patches, tiles, segments, weight, panels, weights, sums, outputs };
                     dispatch(Isa::best(), block);
                 })
             })?
@@ -134,7 +94,7 @@ impl<E: Element> Call<'_, E> {
     /// Copies what a segment sees, with its padding and whatever norm is pending, and transforms it.
     fn patches<const N: usize>(&self, segment: Segment, all: usize, to: &mut [E]) -> Result<()> {
         let Segment { row, top, left, tiles, first } = segment;
-        let inner = self.factors.inner();
+        let inner = self.inner();
         let width = tiles.across * (N - 2) + 2;
         let area = Area { row, top: top as isize - 1, left: left as isize - 1, width, pixel: inner };
         with_scratch((tiles.down * (N - 2) + 2) * width * inner, |values: &mut [E]| {

@@ -1,19 +1,19 @@
-//! 256-bit vectors with fused multiply-add.
+//! 256-bit vectors with fused multiply-add (and half-precision loads, which no such processor lacks).
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Kernel;
 use super::simd::Simd;
 
-/// Proof of AVX2 and FMA.
+/// Proof of AVX2, FMA and F16C.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Avx2(());
 
 impl Avx2 {
     /// # Safety
-    /// The processor must have AVX2 and FMA.
+    /// The processor must have AVX2, FMA and F16C.
     pub(super) unsafe fn new() -> Self {
         Self(())
     }
@@ -30,7 +30,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
         #[inline(never)]
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn call<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
             kernel.run(simd)
         }
@@ -54,6 +54,10 @@ impl Simd for Avx2 {
             let narrow = _mm_loadu_si128(from.cast());
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(narrow)))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> __m256 {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, value: __m256) {
@@ -162,13 +166,19 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(from.cast()) }
     }
     #[inline(always)]
+    fn half(self, pairs: __m256i, place: usize) -> __m256 {
+        unsafe {
+            _mm256_castsi256_ps(match place {
+                0 => _mm256_slli_epi32::<16>(pairs),
+                _ => _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32)),
+            })
+        }
+    }
+    #[inline(always)]
     fn dot(self, sums: __m256, a: __m256i, b: __m256i) -> __m256 {
         unsafe {
-            let first = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let second = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, high));
-            let sums = _mm256_fmadd_ps(second(a), second(b), sums);
-            _mm256_fmadd_ps(first(a), first(b), sums)
+            let sums = _mm256_fmadd_ps(self.half(a, 1), self.half(b, 1), sums);
+            _mm256_fmadd_ps(self.half(a, 0), self.half(b, 0), sums)
         }
     }
 }

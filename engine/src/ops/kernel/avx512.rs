@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Kernel;
 use super::simd::Simd;
@@ -64,6 +64,10 @@ macro_rules! plain_operations {
                 let narrow = _mm256_loadu_si256(from.cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow)))
             }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const f16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
         }
         #[inline(always)]
         fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -157,6 +161,19 @@ fn first(count: usize) -> __mmask16 {
     ((1u32 << count) - 1) as __mmask16
 }
 
+/// One of the two values of each pair of `bf16`.
+/// # Safety
+/// The processor must have AVX-512 F.
+#[inline(always)]
+unsafe fn half(pairs: __m512i, place: usize) -> __m512 {
+    unsafe {
+        _mm512_castsi512_ps(match place {
+            0 => _mm512_slli_epi32::<16>(pairs),
+            _ => _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)),
+        })
+    }
+}
+
 // SAFETY: every intrinsic needs the instructions that the type proves; the pointers are the callers'
 // promises.
 impl Simd for Avx512 {
@@ -195,13 +212,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    fn half(self, pairs: __m512i, place: usize) -> __m512 {
+        unsafe { half(pairs, place) }
+    }
+    #[inline(always)]
     fn dot(self, sums: __m512, a: __m512i, b: __m512i) -> __m512 {
         unsafe {
-            let first = |pairs| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
-            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-            let second = |pairs| _mm512_castsi512_ps(_mm512_and_si512(pairs, high));
-            let sums = _mm512_fmadd_ps(second(a), second(b), sums);
-            _mm512_fmadd_ps(first(a), first(b), sums)
+            let sums = _mm512_fmadd_ps(self.half(a, 1), self.half(b, 1), sums);
+            _mm512_fmadd_ps(self.half(a, 0), self.half(b, 0), sums)
         }
     }
 }
@@ -239,6 +257,10 @@ impl Simd for Avx512Bf16 {
     #[inline(always)]
     unsafe fn load_pairs(self, from: *const bf16) -> __m512bh {
         unsafe { std::mem::transmute(_mm512_loadu_si512(from.cast())) }
+    }
+    #[inline(always)]
+    fn half(self, pairs: __m512bh, place: usize) -> __m512 {
+        unsafe { half(std::mem::transmute::<__m512bh, __m512i>(pairs), place) }
     }
     #[inline(always)]
     fn dot(self, sums: __m512, a: __m512bh, b: __m512bh) -> __m512 {

@@ -20,6 +20,14 @@ pub(in crate::ops) trait Element: Value + Default {
     /// # Safety
     /// `from` must be readable for [`Simd::LANES`] × [`Element::DEPTH`] values.
     unsafe fn load_factor<S: Simd>(simd: S, from: *const Self) -> Self::Factor<S>;
+    /// One inner position of a factor: the first, or the second where there are two.
+    /// # Safety
+    /// As [`Element::load_factor`].
+    unsafe fn load_position<S: Simd>(simd: S, from: *const Self, position: usize) -> S::F32;
+    /// Stores a factor's inner positions, of which the second may not exist, rounded to nearest.
+    /// # Safety
+    /// `to` must be writable for [`Simd::LANES`] × [`Element::DEPTH`] values.
+    unsafe fn store_positions<S: Simd>(simd: S, to: *mut Self, positions: [S::F32; 2]);
     /// sums + a · b.
     fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: Self::Factor<S>, b: Self::Factor<S>) -> S::F32;
 
@@ -56,6 +64,14 @@ impl Element for f32 {
     #[inline(always)]
     unsafe fn load_factor<S: Simd>(simd: S, from: *const f32) -> S::F32 {
         unsafe { simd.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_position<S: Simd>(simd: S, from: *const f32, _position: usize) -> S::F32 {
+        unsafe { simd.load(from) }
+    }
+    #[inline(always)]
+    unsafe fn store_positions<S: Simd>(simd: S, to: *mut f32, [only, _]: [S::F32; 2]) {
+        unsafe { simd.store(to, only) }
     }
     #[inline(always)]
     fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: S::F32, b: S::F32) -> S::F32 {
@@ -103,6 +119,15 @@ impl Element for bf16 {
     #[inline(always)]
     unsafe fn load_factor<S: Simd>(simd: S, from: *const bf16) -> S::Pairs {
         unsafe { simd.load_pairs(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_position<S: Simd>(simd: S, from: *const bf16, position: usize) -> S::F32 {
+        let pairs = unsafe { simd.load_pairs(from) };
+        simd.half(pairs, position)
+    }
+    #[inline(always)]
+    unsafe fn store_positions<S: Simd>(simd: S, to: *mut bf16, [first, second]: [S::F32; 2]) {
+        unsafe { simd.store_pairs(to, first, second) }
     }
     #[inline(always)]
     fn multiply_add<S: Simd>(simd: S, sums: S::F32, a: S::Pairs, b: S::Pairs) -> S::F32 {

@@ -64,7 +64,9 @@ impl Isa {
     fn is_available(self) -> bool {
         match self {
             Self::Portable => true,
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
             Self::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
             Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16"),
             Self::Amx => amx::is_available(),
@@ -107,7 +109,7 @@ pub(in crate::ops) trait Kernel {
 /// Runs `kernel` with the instructions of `isa`, which must be available.
 #[cfg(target_arch = "x86_64")]
 pub(in crate::ops) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     fn avx2<K: Kernel>(kernel: K, simd: Avx2) -> K::Output {
         kernel.run(simd)
     }

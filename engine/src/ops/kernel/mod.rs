@@ -2,9 +2,9 @@
 //! chosen when the program runs.
 //!
 //! Reading order: `isa` (which instructions there are), `simd` and its implementations, `element` (`f32`
-//! and `bf16` factors), `panels` (packed weights), `blocks` and `quantised` (weights of few bits),
-//! `tile` (the innermost loop), `product` (blocks of
-//! positions times panels, and what is done with the sums), `functions`, `attention` (keys and queries head
+//! and `bf16` factors), `convert` (numbers as stored), `panels` (packed weights), `blocks` and `quantised`
+//! (weights of few bits), `tile` (the innermost loop), `product` (blocks of positions times panels, and what
+//! is done with the sums), `winograd` and `winograd_product` (the same with fewer products), `functions`, `attention` (keys and queries head
 //! by head), `attention_group` (the softmax) and `attention_tiles` (its two products).
 
 // Kernels read and write raw memory throughout; every `unsafe fn` says what it needs, and the boundaries
@@ -13,6 +13,7 @@
 
 pub(super) mod attention;
 pub(super) mod blocks;
+pub(super) mod convert;
 pub(super) mod element;
 pub(super) mod functions;
 pub(super) mod isa;

@@ -9,13 +9,11 @@ use rayon::prelude::*;
 
 use super::blocks::Quantisation;
 use super::element::Element;
-use super::isa::{Isa, Kernel, dispatch};
 use super::quantised::Quantised;
-use super::simd::Simd;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
-use crate::ops::misuse;
-use crate::ops::shared::{Shared, with_scratch};
+use crate::ops::parameter::Parameter;
+use crate::ops::shared::with_scratch;
 
 /// Outputs of a panel: the lanes of the widest vector, and the columns of a tile.
 pub(in crate::ops) const PANEL: usize = 16;
@@ -50,63 +48,69 @@ impl Panels {
         Self { values: Values::Quantised(quantised, format), inner, outputs }
     }
 
+    /// Packs a checkpoint's weight (outputs, inputs, `taps`) with its inner positions as windows have them: taps,
+    /// then inputs, each tap's padded to whole `DEPTH`s. There are so many `columns`; `order` says which output
+    /// each of them is, `None` for zeros.
+    pub fn pack_weight(
+        format: Format,
+        weight: &Parameter<'_>,
+        (columns, taps): (usize, usize),
+        order: impl Fn(usize) -> Option<usize> + Send + Sync,
+    ) -> Result<Self> {
+        /// Values of a lane at a time: those of a panel stay in the first cache.
+        const BLOCK: usize = 288;
+        let outputs = weight.dims().first().copied().unwrap_or(1).max(1);
+        let inputs = weight.dims().iter().product::<usize>() / (outputs * taps);
+        let shape = Shape { columns, inputs, taps, block: BLOCK / taps };
+        match format {
+            Format::F32 => Self::pack_as::<f32>(shape, |column, start, to| match order(column) {
+                Some(output) => weight.read(output * inputs * taps + start, to),
+                None => to.fill(0.0),
+            }),
+            Format::Bf16 => Self::pack_as::<bf16>(shape, |column, start, to| match order(column) {
+                Some(output) => weight.read(output * inputs * taps + start, to),
+                None => to.fill(bf16::ZERO),
+            }),
+        }
+    }
+
     /// Packs `outputs` columns of `inner` positions; `fill(output, column)` writes one column, whose
-    /// values start as zeros. The positions are padded to whole `DEPTH`s of the format.
+    /// values start as zeros.
     pub fn pack(
         format: Format,
         outputs: usize,
         inner: usize,
         fill: impl Fn(usize, &mut [f32]) + Send + Sync,
     ) -> Result<Self> {
-        let mut parts = Self::pack_parts(format, 1, outputs, inner, fill)?;
-        parts.pop().ok_or_else(|| misuse("a factor without parts".to_owned()))
-    }
-
-    /// Packs several factors of one shape; `fill(output, columns)` writes an output's columns of all of
-    /// them, each padded to whole `DEPTH`s, one after the other.
-    pub fn pack_parts(
-        format: Format,
-        parts: usize,
-        outputs: usize,
-        inner: usize,
-        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
-    ) -> Result<Vec<Self>> {
+        // Columns are written whole, and not again for each part of them.
+        let shape = Shape { columns: outputs, inputs: inner, taps: 1, block: inner };
         match format {
-            Format::F32 => Self::pack_as::<f32>(parts, outputs, inner, fill),
-            Format::Bf16 => Self::pack_as::<bf16>(parts, outputs, inner, fill),
+            Format::F32 => Self::pack_as::<f32>(shape, |column, _, to| {
+                to.fill(0.0);
+                fill(column, to);
+            }),
+            Format::Bf16 => Self::pack_as::<bf16>(shape, |column, _, to| {
+                let mut values = vec![0.0; inner];
+                fill(column, &mut values);
+                to.iter_mut().zip(values).for_each(|(to, value)| *to = bf16::from_f32(value));
+            }),
         }
     }
 
-    fn pack_as<E: Element>(
-        parts: usize,
-        outputs: usize,
-        inner: usize,
-        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
-    ) -> Result<Vec<Self>> {
-        let inner = inner.next_multiple_of(E::DEPTH);
-        let panels = outputs.div_ceil(PANEL);
-        let mut buffers =
-            (0..parts).map(|_| Buffer::new(E::FORMAT, panels * inner * PANEL)).collect::<Result<Vec<_>>>()?;
-        let shared: Vec<_> = buffers.iter_mut().map(|buffer| Shared::new(buffer.values_mut::<E>())).collect();
-        (0..panels).into_par_iter().try_for_each(|panel| {
-            with_scratch(parts * inner, |columns: &mut [f32]| {
-                with_scratch(PANEL * parts * inner, |lanes: &mut [E]| {
-                    for (lane, values) in lanes.chunks_exact_mut(parts * inner).enumerate() {
-                        columns.fill(0.0);
-                        if panel * PANEL + lane < outputs {
-                            fill(panel * PANEL + lane, columns);
-                        }
-                        dispatch(Isa::best(), Narrow { from: columns, to: values });
-                    }
-                    for (part, shared) in shared.iter().enumerate() {
-                        // SAFETY: each task writes its own panel.
-                        let target = unsafe { shared.part(panel * inner * PANEL..(panel + 1) * inner * PANEL) };
-                        interleave(&lanes[part * inner..], parts * inner, target);
-                    }
-                })
-            })?
+    /// `read(column, start, to)` reads a part of a column's (inputs, taps).
+    fn pack_as<E: Element>(shape: Shape, read: impl Fn(usize, usize, &mut [E]) + Send + Sync) -> Result<Self> {
+        let Shape { columns, inputs, taps, .. } = shape;
+        let inner = taps * inputs.next_multiple_of(E::DEPTH);
+        let panels = columns.div_ceil(PANEL);
+        let mut buffer = Buffer::new(E::FORMAT, panels * inner * PANEL)?;
+        let values = buffer.values_mut::<E>().par_chunks_mut((inner * PANEL).max(1));
+        values.enumerate().try_for_each(|(panel, to)| {
+            pack_panel(shape, to, |lane, start, to| match panel * PANEL + lane {
+                column if column < columns => read(column, start, to),
+                _ => to.fill(E::default()),
+            })
         })?;
-        Ok(buffers.into_iter().map(|values| Self { values: Values::Packed(values), inner, outputs }).collect())
+        Ok(Self { values: Values::Packed(buffer), inner, outputs: columns })
     }
 
     pub fn format(&self) -> Format {
@@ -146,45 +150,52 @@ impl Panels {
     }
 }
 
-/// Changes the format of a column.
-struct Narrow<'a, E> {
-    from: &'a [f32],
-    to: &'a mut [E],
+/// A weight to pack.
+#[derive(Clone, Copy)]
+struct Shape {
+    columns: usize,
+    inputs: usize,
+    taps: usize,
+    /// Inputs at a time.
+    block: usize,
 }
 
-impl<E: Element> Kernel for Narrow<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for (from, to) in self.from.chunks(S::LANES).zip(self.to.chunks_mut(S::LANES)) {
-            // SAFETY: both have as many values, at most a vector's.
-            unsafe {
-                if from.len() == S::LANES {
-                    E::store(simd, to.as_mut_ptr(), simd.load(from.as_ptr()));
-                } else {
-                    E::store_some(simd, to.as_mut_ptr(), simd.load_some(from.as_ptr(), from.len()), from.len());
+/// Packs one panel; `read(lane, start, to)` reads a part of a lane's (inputs, taps).
+fn pack_panel<E: Element>(shape: Shape, to: &mut [E], read: impl Fn(usize, usize, &mut [E])) -> Result<()> {
+    let Shape { inputs, taps, block, .. } = shape;
+    let of_block = block.max(1).next_multiple_of(E::DEPTH);
+    let of_tap = inputs.next_multiple_of(E::DEPTH) * PANEL;
+    with_scratch(of_block * taps, |values: &mut [E]| {
+        for first in (0..inputs).step_by(of_block) {
+            let count = of_block.min(inputs - first);
+            let padded = count.next_multiple_of(E::DEPTH);
+            for lane in 0..PANEL {
+                read(lane, first * taps, &mut values[..count * taps]);
+                values[count * taps..padded * taps].fill(E::default());
+                let (values, to) = (&values[..padded * taps], &mut to[first * PANEL + lane * E::DEPTH..]);
+                // The usual ones, each compiled for itself.
+                match (taps, E::DEPTH) {
+                    (1, 1) => interleave(values.as_chunks::<1>().0, of_tap, to),
+                    (1, 2) => interleave(values.as_chunks::<2>().0, of_tap, to),
+                    (9, 1) => interleave(values.as_chunks::<9>().0, of_tap, to),
+                    (9, 2) => interleave(values.as_chunks::<18>().0, of_tap, to),
+                    _ => interleave(values.chunks_exact(taps * E::DEPTH), of_tap, to),
                 }
             }
         }
-    }
+    })
 }
 
-/// Lays [`PANEL`] columns, `stride` apart, side by side: `DEPTH` values of each in turn.
-fn interleave<E: Element>(columns: &[E], stride: usize, to: &mut [E]) {
-    /// Steps at a time, so that of each column a whole line of the cache is read at once: columns often lie
-    /// a multiple of 4 KiB apart and push each other out.
-    const STEPS: usize = 16;
-    const { assert!(E::DEPTH <= 2) };
-    let mut block = [[E::default(); 2 * STEPS]; PANEL];
-    for (index, lines) in to.chunks_mut(STEPS * PANEL * E::DEPTH).enumerate() {
-        let len = lines.len() / PANEL;
-        for (lane, values) in block.iter_mut().enumerate() {
-            values[..len].copy_from_slice(&columns[lane * stride + index * STEPS * E::DEPTH..][..len]);
-        }
-        for (step, line) in lines.chunks_exact_mut(PANEL * E::DEPTH).enumerate() {
-            for (to, values) in line.chunks_exact_mut(E::DEPTH).zip(&block) {
-                to.copy_from_slice(&values[step * E::DEPTH..][..E::DEPTH]);
+/// Lays a lane's factors of values (`DEPTH` inputs, taps) into packed positions, each tap's `of_tap` apart.
+#[inline(always)]
+fn interleave<E: Element>(factors: impl IntoIterator<Item: AsRef<[E]>>, of_tap: usize, to: &mut [E]) {
+    for (step, factor) in factors.into_iter().enumerate() {
+        let factor = factor.as_ref();
+        let taps = factor.len() / E::DEPTH;
+        for tap in 0..taps {
+            let to = &mut to[tap * of_tap + step * PANEL * E::DEPTH..][..E::DEPTH];
+            for (part, to) in to.iter_mut().enumerate() {
+                *to = factor[part * taps + tap];
             }
         }
     }

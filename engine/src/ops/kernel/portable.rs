@@ -1,6 +1,6 @@
 //! Vectors as plain arrays: right on every processor, and as fast as the compiler makes them.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Kernel;
 use super::simd::Simd;
@@ -45,6 +45,12 @@ impl Simd for Portable {
         // SAFETY: the caller's promise.
         let values = unsafe { from.cast::<[bf16; LANES]>().read_unaligned() };
         values.map(widen)
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> Self::F32 {
+        // SAFETY: the caller's promise.
+        let values = unsafe { from.cast::<[f16; LANES]>().read_unaligned() };
+        values.map(f16::to_f32)
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, value: Self::F32) {
@@ -130,6 +136,10 @@ impl Simd for Portable {
     unsafe fn load_pairs(self, from: *const bf16) -> Self::Pairs {
         // SAFETY: the caller's promise.
         unsafe { from.cast::<Self::Pairs>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn half(self, pairs: Self::Pairs, place: usize) -> Self::F32 {
+        pairs.map(|pair| widen(pair[place]))
     }
     #[inline(always)]
     fn dot(self, sums: Self::F32, a: Self::Pairs, b: Self::Pairs) -> Self::F32 {

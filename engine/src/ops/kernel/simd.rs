@@ -1,6 +1,6 @@
 //! What a kernel may do with vectors of `f32`, whatever their width.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::isa::Kernel;
 
@@ -38,6 +38,9 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load_bf16(self, from: *const bf16) -> Self::F32;
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load_f16(self, from: *const f16) -> Self::F32;
     /// Rounds to nearest, ties to even.
     /// # Safety
     /// As [`Simd::store`].
@@ -79,6 +82,8 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     /// # Safety
     /// `from` must be readable for 2 × [`Simd::LANES`] values.
     unsafe fn load_pairs(self, from: *const bf16) -> Self::Pairs;
+    /// The first or, for `place` 1, the second of each pair.
+    fn half(self, pairs: Self::Pairs, place: usize) -> Self::F32;
     /// sums + a₀ · b₀ + a₁ · b₁ of each pair, in `f32`.
     fn dot(self, sums: Self::F32, a: Self::Pairs, b: Self::Pairs) -> Self::F32;
 

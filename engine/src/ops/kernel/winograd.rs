@@ -13,24 +13,28 @@ use super::product::{Finish, some};
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
-/// A patch's side for tiles of 4 outputs, the only ones whose weights are transformed on the way.
-pub(super) const LARGE: usize = 6;
-
-/// The transform of a line of a weight for tiles of 4 outputs, G w.
+/// The transform of a line of a weight, G w.
 #[inline(always)]
-fn weight_line<S: Simd>(simd: S, w: [S::F32; 3]) -> [S::F32; LARGE] {
-    let minus_sixth = simd.splat(-1.0 / 6.0);
-    let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), minus_sixth), simd.mul(w[1], minus_sixth));
-    let far_outer = simd.mul_add(w[0], simd.splat(1.0 / 24.0), simd.mul(w[2], simd.splat(1.0 / 6.0)));
-    let far_middle = simd.mul(w[1], simd.splat(1.0 / 12.0));
-    [
-        simd.mul(w[0], simd.splat(0.25)),
-        simd.add(outer, middle),
-        simd.sub(outer, middle),
-        simd.add(far_outer, far_middle),
-        simd.sub(far_outer, far_middle),
-        w[2],
-    ]
+fn weight_line<S: Simd, const N: usize>(simd: S, w: [S::F32; 3]) -> [S::F32; N] {
+    let mut line = [w[2]; N];
+    if N == 4 {
+        let half = simd.splat(0.5);
+        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), half), simd.mul(w[1], half));
+        line[0] = w[0];
+        line[1] = simd.add(outer, middle);
+        line[2] = simd.sub(outer, middle);
+    } else {
+        let minus_sixth = simd.splat(-1.0 / 6.0);
+        let (outer, middle) = (simd.mul(simd.add(w[0], w[2]), minus_sixth), simd.mul(w[1], minus_sixth));
+        let far_outer = simd.mul_add(w[0], simd.splat(1.0 / 24.0), simd.mul(w[2], simd.splat(1.0 / 6.0)));
+        let far_middle = simd.mul(w[1], simd.splat(1.0 / 12.0));
+        line[0] = simd.mul(w[0], simd.splat(0.25));
+        line[1] = simd.add(outer, middle);
+        line[2] = simd.sub(outer, middle);
+        line[3] = simd.add(far_outer, far_middle);
+        line[4] = simd.sub(far_outer, far_middle);
+    }
+    line
 }
 
 /// The transform of a line of a patch, Bᵀ d.
@@ -160,41 +164,49 @@ pub(super) const fn weights_stride(panels: usize, steps: usize) -> usize {
 }
 
 /// Transforms the weights of the panels `group` at the inner positions `chunk` of a packed 3×3 weight,
-/// (9 · `inner`, outputs): (6 · 6, panels, positions, [`PANEL`]). For formats whose positions go one by one.
+/// (9 · inner, outputs): (N · N, panels, positions, [`PANEL`]), packed as the weight is.
 #[inline(always)]
-pub(super) fn transform_weights<S: Simd, E: Element>(
+pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
     simd: S,
     weight: &Panels,
-    inner: usize,
     group: &Range<usize>,
     chunk: &Range<usize>,
     to: &mut [E],
 ) {
-    let values = weight.values::<E>();
+    let (values, inner) = (weight.values::<E>(), weight.inner() / 9);
     let (panels, steps) = (group.len(), chunk.len());
-    assert!(E::DEPTH == 1 && weight.inner() == 9 * inner && chunk.end <= inner, "inner positions of a weight");
+    assert!(weight.inner() == 9 * inner && chunk.end <= inner, "inner positions of a weight");
+    assert!(chunk.start.is_multiple_of(E::DEPTH) && steps.is_multiple_of(E::DEPTH), "whole factors of a weight");
     assert!(group.end * 9 * inner * PANEL <= values.len(), "panels of a weight");
     let stride = weights_stride(panels, steps);
-    assert!(to.len() >= LARGE * LARGE * stride, "room for transformed weights");
+    assert!(to.len() >= N * N * stride, "room for transformed weights");
     for (index, panel) in group.clone().enumerate() {
-        for (step, position) in chunk.clone().enumerate() {
+        for position in chunk.clone().step_by(E::DEPTH) {
             for lane in (0..PANEL).step_by(S::LANES) {
-                let taps: [S::F32; 9] = std::array::from_fn(|tap| {
-                    let from = ((panel * 9 + tap) * inner + position) * PANEL + lane;
-                    // SAFETY: within (panels, 9, inner, PANEL).
-                    unsafe { E::load(simd, values.as_ptr().add(from)) }
-                });
-                let mut down = [[taps[0]; LARGE]; 3];
-                for (x, column) in down.iter_mut().enumerate() {
-                    *column = weight_line(simd, [taps[x], taps[3 + x], taps[6 + x]]);
+                let from = (panel * 9 * inner + position) * PANEL + lane * E::DEPTH;
+                let at = (index * steps + position - chunk.start) * PANEL + lane * E::DEPTH;
+                let mut down = [[[simd.splat(0.0); N]; 3]; 2];
+                for (part, down) in down.iter_mut().enumerate().take(E::DEPTH) {
+                    for (x, column) in down.iter_mut().enumerate() {
+                        // SAFETY: within (panels, 9, inner, PANEL).
+                        let tap = |y: usize| unsafe {
+                            E::load_position(simd, values.as_ptr().add(from + (3 * y + x) * inner * PANEL), part)
+                        };
+                        *column = weight_line::<S, N>(simd, [tap(0), tap(1), tap(2)]);
+                    }
                 }
-                let [left, middle, right] = down;
-                for (y, ((left, middle), right)) in left.into_iter().zip(middle).zip(right).enumerate() {
-                    let line = weight_line(simd, [left, middle, right]);
-                    for (x, value) in line.into_iter().enumerate() {
-                        let at = (y * LARGE + x) * stride + (index * steps + step) * PANEL + lane;
-                        // SAFETY: within (6 · 6, panels, positions, PANEL).
-                        unsafe { E::store(simd, to.as_mut_ptr().add(at), value) }
+                for y in 0..N {
+                    let mut lines = [[simd.splat(0.0); N]; 2];
+                    for (line, [left, middle, right]) in lines.iter_mut().zip(&down).take(E::DEPTH) {
+                        *line = weight_line::<S, N>(simd, [left[y], middle[y], right[y]]);
+                    }
+                    let [first, second] = lines;
+                    for (x, (first, second)) in first.into_iter().zip(second).enumerate() {
+                        // SAFETY: within (N · N, panels, positions, PANEL).
+                        unsafe {
+                            let to = to.as_mut_ptr().add((y * N + x) * stride + at);
+                            E::store_positions(simd, to, [first, second]);
+                        }
                     }
                 }
             }

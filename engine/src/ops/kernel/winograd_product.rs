@@ -10,39 +10,11 @@ use super::product::groups;
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use super::winograd::{
-    LARGE, Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights,
-    weights_stride,
+    Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights, weights_stride,
 };
 
-/// Panels of outputs whose sums are kept until they are transformed.
+/// Panels of outputs whose transformed weights and sums are kept until they are transformed.
 const GROUP: usize = 3;
-
-/// The right factors of a patch's places.
-#[derive(Clone, Copy)]
-pub(in crate::ops) enum Factors<'a> {
-    /// Transformed before: one (inputs, outputs) for each place.
-    Ready(&'a [Panels]),
-    /// A convolution's own weight (9 · inputs, outputs), transformed on the way: for some hundredths more
-    /// time not 4 times, but once in memory.
-    Plain(&'a Panels),
-}
-
-impl Factors<'_> {
-    /// Inner positions, padded to whole `DEPTH`s.
-    pub fn inner(&self) -> usize {
-        match self {
-            Self::Ready(parts) => parts[0].inner(),
-            Self::Plain(weight) => weight.inner() / 9,
-        }
-    }
-
-    pub fn outputs(&self) -> usize {
-        match self {
-            Self::Ready(parts) => parts[0].outputs(),
-            Self::Plain(weight) => weight.outputs(),
-        }
-    }
-}
 
 /// Transforms a segment's patches.
 pub(in crate::ops) struct Patches<'a, E, const N: usize> {
@@ -69,7 +41,9 @@ pub(in crate::ops) struct Block<'a, E, const N: usize> {
     pub patches: &'a [E],
     pub tiles: usize,
     pub segments: &'a [Segment],
-    pub factors: Factors<'a>,
+    /// The convolution's weight, (9 · inputs, outputs). Its transform would be 16/9 or 4 times as large; made
+    /// on the way, it costs some hundredths more time, and the weight is in memory as it came.
+    pub weight: &'a Panels,
     pub panels: Range<usize>,
     /// Room for [`weights_len`] values.
     pub weights: &'a mut [E],
@@ -84,11 +58,8 @@ pub(in crate::ops) const fn sums_len<const N: usize>(tiles: usize) -> usize {
 }
 
 /// Values that a block's transformed weights take.
-pub(in crate::ops) const fn weights_len<E: Element, const N: usize>(factors: Factors<'_>) -> usize {
-    match factors {
-        Factors::Ready(_) => 0,
-        Factors::Plain(_) => N * N * weights_stride(GROUP, chunk::<E>()),
-    }
+pub(in crate::ops) const fn weights_len<E: Element, const N: usize>() -> usize {
+    N * N * weights_stride(GROUP, chunk::<E>())
 }
 
 impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
@@ -96,9 +67,9 @@ impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        assert_eq!(self.factors.outputs(), self.outputs.finish.outputs, "outputs of a product");
+        assert_eq!(self.weight.outputs(), self.outputs.finish.outputs, "outputs of a product");
         for group in groups(&self.panels, GROUP) {
-            for chunk in chunks::<E>(self.factors.inner()) {
+            for chunk in chunks::<E>(self.weight.inner() / 9) {
                 self.multiply(simd, &group, &chunk);
             }
             for segment in self.segments {
@@ -113,43 +84,30 @@ impl<E: Element, const N: usize> Block<'_, E, N> {
     /// PANEL). The first chunk starts them.
     #[inline(always)]
     fn multiply<S: Simd>(&mut self, simd: S, group: &Range<usize>, chunk: &Range<usize>) {
-        let (tiles, inner, per_panel) = (self.tiles, self.factors.inner(), PANEL / S::LANES);
+        let (tiles, inner, per_panel) = (self.tiles, self.weight.inner() / 9, PANEL / S::LANES);
         let (vectors, columns) = (group.len() * per_panel, group.len() * PANEL);
         assert_eq!(self.patches.len(), N * N * tiles * inner, "size of transformed patches");
         assert!(self.sums.len() >= N * N * tiles * columns, "room for the sums");
-        if let Factors::Plain(weight) = self.factors {
-            assert_eq!(N, LARGE, "side of a patch whose weights are transformed on the way");
-            transform_weights(simd, weight, inner, group, chunk, self.weights);
-        }
+        transform_weights::<S, E, N>(simd, self.weight, group, chunk, self.weights);
         let width = vectors.div_ceil(vectors.div_ceil(S::TILE.1));
         for place in 0..N * N {
-            // The place's factors, their inner positions, the first vector and step among them.
-            let (right, of, first, step) = match self.factors {
-                Factors::Ready(parts) => {
-                    let part = &parts[place];
-                    assert!(part.inner() == inner && group.end * inner * PANEL <= part.values::<E>().len(), "a factor");
-                    (part.values::<E>(), inner, group.start * per_panel, chunk.start / E::DEPTH)
-                }
-                Factors::Plain(_) => {
-                    (&self.weights[place * weights_stride(group.len(), chunk.len())..], chunk.len(), 0, 0)
-                }
-            };
-            let pieces = [Piece { left: 0, first: step, steps: chunk.len() / E::DEPTH }];
+            let right = &self.weights[place * weights_stride(group.len(), chunk.len())..];
+            let pieces = [Piece { left: 0, first: 0, steps: chunk.len() / E::DEPTH }];
             for vector in (0..vectors).step_by(width) {
                 let strip = Strip {
                     left: self.patches[(place * inner + chunk.start) * tiles..].as_ptr(),
                     left_stride: chunk.len(),
                     positions: tiles,
                     right: right.as_ptr(),
-                    inner: of,
-                    vector: first + vector,
+                    inner: chunk.len(),
+                    vector,
                     vectors: width.min(vectors - vector),
                     pieces: &pieces,
                     sums: self.sums[place * tiles * columns + vector * S::LANES..].as_mut_ptr(),
                     sums_stride: columns,
                     go_on: chunk.start > 0,
                 };
-                // SAFETY: the asserts saw to the patches, the factors and the room for the sums.
+                // SAFETY: the asserts saw to the patches and the room for the sums.
                 unsafe {
                     strip.run(simd);
                 }

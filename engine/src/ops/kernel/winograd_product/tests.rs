@@ -6,8 +6,6 @@ use crate::ops::kernel::isa::{Isa, dispatch};
 use crate::ops::kernel::product::{Finish, Then};
 use crate::ops::reference::{self, parameter, tensor_at};
 use crate::ops::shared::Shared;
-use crate::ops::tensor::Place;
-use crate::ops::winograd;
 
 /// Maps (rows, height, width, channels) and their outputs: odd sizes, more than one chunk and group.
 const CASES: [([usize; 4], usize); 4] =
@@ -18,7 +16,7 @@ fn filter<E: Element, const N: usize>(
     isa: Isa,
     x: &[E],
     [rows, height, width, inner]: [usize; 4],
-    factors: Factors<'_>,
+    weight: &Panels,
     bias: &[f32],
 ) -> Vec<E> {
     let tiles = Tiles { down: height.div_ceil(N - 2), across: width.div_ceil(N - 2) };
@@ -35,16 +33,16 @@ fn filter<E: Element, const N: usize>(
         let (channels, place) = (inner, (*first, all));
         dispatch(isa, Patches::<E, N> { area: &area, channels, tiles, place, to: &mut patches });
     }
-    let outputs = factors.outputs();
+    let outputs = weight.outputs();
     let mut output = vec![E::default(); rows * height * width * outputs];
     let finish = Finish { outputs, bias: Some(bias), per_row: None, scale: None, residual: None, then: Then::Nothing };
-    let (mut weights, mut sums) = (vec![E::default(); weights_len::<E, N>(factors)], vec![0.0; sums_len::<N>(all)]);
+    let (mut weights, mut sums) = (vec![E::default(); weights_len::<E, N>()], vec![0.0; sums_len::<N>(all)]);
     let values = Shared::new(&mut output);
     let block = Block::<E, N> {
         patches: &patches,
         tiles: all,
         segments: &segments,
-        factors,
+        weight,
         panels: 0..outputs.div_ceil(PANEL),
         weights: &mut weights,
         sums: &mut sums,
@@ -54,37 +52,30 @@ fn filter<E: Element, const N: usize>(
     output
 }
 
-#[test]
-fn a_weight_transformed_on_the_way_gives_the_definition_on_every_instruction_set() {
-    let place = Place::host();
+/// Every case in one format on every instruction set against the definition.
+fn check<E: Element, const N: usize>() {
+    let place = reference::places().into_iter().find(|place| place.on_host() == Some(E::FORMAT)).unwrap();
     for (dims, outputs) in CASES {
         let weight_dims = [outputs, dims[3], 3, 3];
         let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([outputs], 3));
-        let (_, expected) =
-            reference::convolution(&x, (&weight.values(), weight_dims), &bias.values(), ConvShape::same(3));
-        let packed =
-            crate::ops::conv::pack_windows(crate::ops::buffer::Format::F32, &weight, outputs, dims[3], 9).unwrap();
+        let seen = reference::weight_values(&weight, &place);
+        let (_, expected) = reference::convolution(&x, (&seen, weight_dims), &bias.values(), ConvShape::same(3));
+        let packed = Panels::pack_weight(E::FORMAT, &weight, (outputs, 9), Some).unwrap();
+        let values: Vec<E> = reference::values(&x).into_iter().map(E::from_f32).collect();
         for isa in Isa::available() {
-            let got = filter::<f32, 6>(isa, &reference::values(&x), dims, Factors::Plain(&packed), &bias.values());
+            let got = filter::<E, N>(isa, &values, dims, &packed, &bias.values());
+            let got: Vec<f32> = got.into_iter().map(E::to_f32).collect();
             reference::assert_close(&got, &expected, reference::tolerance(&place));
         }
     }
 }
 
 #[test]
-fn weights_transformed_before_give_the_definition_on_every_instruction_set() {
-    let place = reference::places().into_iter().find(|place| place.dtype() == candle_core::DType::BF16).unwrap();
-    for (dims, outputs) in CASES {
-        let weight_dims = [outputs, dims[3], 3, 3];
-        let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([outputs], 3));
-        let seen = reference::weight_values(&weight, &place);
-        let (_, expected) = reference::convolution(&x, (&seen, weight_dims), &bias.values(), ConvShape::same(3));
-        let parts = winograd::transformed(&weight, outputs, dims[3]).unwrap();
-        let values: Vec<bf16> = reference::values(&x).into_iter().map(bf16::from_f32).collect();
-        for isa in Isa::available() {
-            let got = filter::<bf16, 4>(isa, &values, dims, Factors::Ready(&parts), &bias.values());
-            let got: Vec<f32> = got.into_iter().map(bf16::to_f32).collect();
-            reference::assert_close(&got, &expected, reference::tolerance(&place));
-        }
-    }
+fn tiles_of_four_outputs_give_the_definition_in_f32() {
+    check::<f32, 6>();
+}
+
+#[test]
+fn tiles_of_two_outputs_give_the_definition_in_bf16() {
+    check::<bf16, 4>();
 }

@@ -1,0 +1,70 @@
+//! Numbers as a checkpoint stores them, on their way into memory.
+
+use half::{bf16, f16};
+
+use super::element::Element;
+use super::isa::Kernel;
+use super::simd::Simd;
+
+/// A format of plain numbers that vectors are loaded from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::ops) enum Plain {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Plain {
+    /// Bytes of a number.
+    const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Reads little-endian numbers, aligned or not, and rounds them to nearest, ties to even.
+pub(in crate::ops) struct Convert<'a, E> {
+    pub from: &'a [u8],
+    pub format: Plain,
+    /// As many as `from` holds.
+    pub to: &'a mut [E],
+}
+
+impl<E: Element> Kernel for Convert<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // SAFETY: the pointers are `convert`'s, whose promise is the loads'.
+        match self.format {
+            Plain::F32 => convert(simd, self, |from| unsafe { simd.load(from.cast()) }),
+            Plain::F16 => convert(simd, self, |from| unsafe { simd.load_f16(from.cast::<f16>()) }),
+            Plain::Bf16 => convert(simd, self, |from| unsafe { simd.load_bf16(from.cast::<bf16>()) }),
+        }
+    }
+}
+
+/// Calls `load` with places where a vector of numbers can be read.
+#[inline(always)]
+fn convert<S: Simd, E: Element>(
+    simd: S,
+    Convert { from, format, to }: Convert<'_, E>,
+    load: impl Fn(*const u8) -> S::F32,
+) {
+    let each = format.bytes();
+    assert_eq!(from.len(), to.len() * each, "bytes of numbers");
+    let whole = to.len() - to.len() % S::LANES;
+    for at in (0..whole).step_by(S::LANES) {
+        // SAFETY: `whole` vectors lie within both.
+        unsafe { E::store(simd, to.as_mut_ptr().add(at), load(from.as_ptr().add(at * each))) }
+    }
+    let rest = to.len() - whole;
+    if rest > 0 {
+        let mut last = [0u8; 16 * 4];
+        last[..rest * each].copy_from_slice(&from[whole * each..]);
+        // SAFETY: `last` holds the widest vector, and `to` has `rest` more numbers.
+        unsafe { E::store_some(simd, to.as_mut_ptr().add(whole), load(last.as_ptr()), rest) }
+    }
+}
