@@ -99,15 +99,21 @@ impl<'a> Parameter<'a> {
 
     /// Its values from `start` on, rounded to nearest.
     pub(in crate::ops) fn read<E: Element>(&self, start: usize, to: &mut [E]) {
+        match self.plain(start, to.len()) {
+            Some((from, format)) => dispatch(Isa::best(), Convert { from, format, to }),
+            None => self.read_in_pieces(start, to),
+        }
+    }
+
+    /// The bytes of `len` values from `start` on, if they are numbers that vectors are loaded from.
+    pub(in crate::ops) fn plain(&self, start: usize, len: usize) -> Option<(&[u8], Plain)> {
         let format = match self.stored {
             Stored::F32 => Plain::F32,
             Stored::F16 => Plain::F16,
             Stored::Bf16 => Plain::Bf16,
-            Stored::F64 | Stored::Quantised(_) => return self.read_in_pieces(start, to),
+            Stored::F64 | Stored::Quantised(_) => return None,
         };
-        let (_, each) = self.stored.block();
-        let from = &self.bytes[start * each..(start + to.len()) * each];
-        dispatch(Isa::best(), Convert { from, format, to });
+        Some((&self.bytes[start * format.bytes()..(start + len) * format.bytes()], format))
     }
 
     fn read_in_pieces<E: Element>(&self, start: usize, to: &mut [E]) {

@@ -142,6 +142,28 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn store_columns(self, rows: &[__m256; 16], to: &[*mut f32; 16]) {
+        unsafe {
+            let double = |value| _mm256_castps_pd(value);
+            let single = |value| _mm256_castpd_ps(value);
+            let mut fours = [_mm256_setzero_ps(); 8];
+            for half in 0..2 {
+                let [a, b] = [rows[4 * half], rows[4 * half + 1]];
+                let [c, d] = [rows[4 * half + 2], rows[4 * half + 3]];
+                let (low, high) = (double(_mm256_unpacklo_ps(a, b)), double(_mm256_unpackhi_ps(a, b)));
+                let (next_low, next_high) = (double(_mm256_unpacklo_ps(c, d)), double(_mm256_unpackhi_ps(c, d)));
+                fours[4 * half] = single(_mm256_unpacklo_pd(low, next_low));
+                fours[4 * half + 1] = single(_mm256_unpackhi_pd(low, next_low));
+                fours[4 * half + 2] = single(_mm256_unpacklo_pd(high, next_high));
+                fours[4 * half + 3] = single(_mm256_unpackhi_pd(high, next_high));
+            }
+            for lane in 0..4 {
+                self.store(to[lane], _mm256_permute2f128_ps::<0x20>(fours[lane], fours[4 + lane]));
+                self.store(to[4 + lane], _mm256_permute2f128_ps::<0x31>(fours[lane], fours[4 + lane]));
+            }
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         unsafe {
             let half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));

@@ -137,6 +137,33 @@ macro_rules! plain_operations {
             }
         }
         #[inline(always)]
+        unsafe fn store_columns(self, rows: &[__m512; 16], to: &[*mut f32; 16]) {
+            unsafe {
+                // In each quarter of a vector, four values of a lane; of the quarters, first the even and the odd ones.
+                let mut fours = [_mm512_setzero_ps(); 16];
+                for four in 0..4 {
+                    let [a, b] = [rows[4 * four], rows[4 * four + 1]];
+                    let [c, d] = [rows[4 * four + 2], rows[4 * four + 3]];
+                    let double = |value| _mm512_castps_pd(value);
+                    let (low, high) = (double(_mm512_unpacklo_ps(a, b)), double(_mm512_unpackhi_ps(a, b)));
+                    let (next_low, next_high) = (double(_mm512_unpacklo_ps(c, d)), double(_mm512_unpackhi_ps(c, d)));
+                    fours[4 * four] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, next_low));
+                    fours[4 * four + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, next_low));
+                    fours[4 * four + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, next_high));
+                    fours[4 * four + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, next_high));
+                }
+                for lane in 0..4 {
+                    let [a, b, c, d] = [fours[lane], fours[4 + lane], fours[8 + lane], fours[12 + lane]];
+                    let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                    let (far_even, far_odd) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                    self.store(to[lane], _mm512_shuffle_f32x4::<0x88>(even, far_even));
+                    self.store(to[4 + lane], _mm512_shuffle_f32x4::<0x88>(odd, far_odd));
+                    self.store(to[8 + lane], _mm512_shuffle_f32x4::<0xdd>(even, far_even));
+                    self.store(to[12 + lane], _mm512_shuffle_f32x4::<0xdd>(odd, far_odd));
+                }
+            }
+        }
+        #[inline(always)]
         fn sum(self, a: __m512) -> f32 {
             unsafe { _mm512_reduce_add_ps(a) }
         }

@@ -16,10 +16,25 @@ pub(in crate::ops) enum Plain {
 
 impl Plain {
     /// Bytes of a number.
-    const fn bytes(self) -> usize {
+    pub const fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// A vector of numbers.
+    /// # Safety
+    /// `from` must be readable for [`Simd::LANES`] numbers; no alignment is asked for.
+    #[inline(always)]
+    pub(super) unsafe fn load<S: Simd>(self, simd: S, from: *const u8) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::F32 => simd.load(from.cast()),
+                Self::F16 => simd.load_f16(from.cast::<f16>()),
+                Self::Bf16 => simd.load_bf16(from.cast::<bf16>()),
+            }
         }
     }
 }
@@ -37,34 +52,20 @@ impl<E: Element> Kernel for Convert<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        // SAFETY: the pointers are `convert`'s, whose promise is the loads'.
-        match self.format {
-            Plain::F32 => convert(simd, self, |from| unsafe { simd.load(from.cast()) }),
-            Plain::F16 => convert(simd, self, |from| unsafe { simd.load_f16(from.cast::<f16>()) }),
-            Plain::Bf16 => convert(simd, self, |from| unsafe { simd.load_bf16(from.cast::<bf16>()) }),
+        let Self { from, format, to } = self;
+        let each = format.bytes();
+        assert_eq!(from.len(), to.len() * each, "bytes of numbers");
+        let whole = to.len() - to.len() % S::LANES;
+        for at in (0..whole).step_by(S::LANES) {
+            // SAFETY: `whole` numbers lie within both.
+            unsafe { E::store(simd, to.as_mut_ptr().add(at), format.load(simd, from.as_ptr().add(at * each))) }
         }
-    }
-}
-
-/// Calls `load` with places where a vector of numbers can be read.
-#[inline(always)]
-fn convert<S: Simd, E: Element>(
-    simd: S,
-    Convert { from, format, to }: Convert<'_, E>,
-    load: impl Fn(*const u8) -> S::F32,
-) {
-    let each = format.bytes();
-    assert_eq!(from.len(), to.len() * each, "bytes of numbers");
-    let whole = to.len() - to.len() % S::LANES;
-    for at in (0..whole).step_by(S::LANES) {
-        // SAFETY: `whole` vectors lie within both.
-        unsafe { E::store(simd, to.as_mut_ptr().add(at), load(from.as_ptr().add(at * each))) }
-    }
-    let rest = to.len() - whole;
-    if rest > 0 {
-        let mut last = [0u8; 16 * 4];
-        last[..rest * each].copy_from_slice(&from[whole * each..]);
-        // SAFETY: `last` holds the widest vector, and `to` has `rest` more numbers.
-        unsafe { E::store_some(simd, to.as_mut_ptr().add(whole), load(last.as_ptr()), rest) }
+        let rest = to.len() - whole;
+        if rest > 0 {
+            let mut last = [0u8; 16 * 4];
+            last[..rest * each].copy_from_slice(&from[whole * each..]);
+            // SAFETY: `last` holds the widest vector, and `to` has `rest` more numbers.
+            unsafe { E::store_some(simd, to.as_mut_ptr().add(whole), format.load(simd, last.as_ptr()), rest) }
+        }
     }
 }

@@ -2,10 +2,11 @@
 //! chosen when the program runs.
 //!
 //! Reading order: `isa` (which instructions there are), `simd` and its implementations, `element` (`f32`
-//! and `bf16` factors), `convert` (numbers as stored), `panels` (packed weights), `blocks` and `quantised`
-//! (weights of few bits), `tile` (the innermost loop), `product` (blocks of positions times panels, and what
-//! is done with the sums), `winograd` and `winograd_product` (the same with fewer products), `functions`, `attention` (keys and queries head
-//! by head), `attention_group` (the softmax) and `attention_tiles` (its two products).
+//! and `bf16` factors), `convert` (numbers as stored), `panels` and `packing` (packed weights), `blocks` and
+//! `quantised` (weights of few bits), `tile` (the innermost loop), `product` (blocks of positions times panels,
+//! and what is done with the sums), `winograd` and `winograd_product` (the same with fewer products),
+//! `functions`, `attention` (keys and queries head by head), `attention_group` (the softmax) and
+//! `attention_tiles` (its two products).
 
 // Kernels read and write raw memory throughout; every `unsafe fn` says what it needs, and the boundaries
 // (`product`, `windows`) check it once per block.
@@ -27,6 +28,7 @@ mod attention_group;
 mod attention_pack;
 mod attention_probability;
 mod attention_tiles;
+mod packing;
 mod portable;
 mod quantised;
 mod tile;

@@ -9,11 +9,11 @@ use rayon::prelude::*;
 
 use super::blocks::Quantisation;
 use super::element::Element;
+use super::packing::{Column, Shape, pack_panel};
 use super::quantised::Quantised;
 use crate::Result;
 use crate::ops::buffer::{Buffer, Format};
 use crate::ops::parameter::Parameter;
-use crate::ops::shared::with_scratch;
 
 /// Outputs of a panel: the lanes of the widest vector, and the columns of a tile.
 pub(in crate::ops) const PANEL: usize = 16;
@@ -57,21 +57,21 @@ impl Panels {
         (columns, taps): (usize, usize),
         order: impl Fn(usize) -> Option<usize> + Send + Sync,
     ) -> Result<Self> {
-        /// Values of a lane at a time: those of a panel stay in the first cache.
-        const BLOCK: usize = 288;
         let outputs = weight.dims().first().copied().unwrap_or(1).max(1);
-        let inputs = weight.dims().iter().product::<usize>() / (outputs * taps);
-        let shape = Shape { columns, inputs, taps, block: BLOCK / taps };
-        match format {
-            Format::F32 => Self::pack_as::<f32>(shape, |column, start, to| match order(column) {
-                Some(output) => weight.read(output * inputs * taps + start, to),
-                None => to.fill(0.0),
-            }),
-            Format::Bf16 => Self::pack_as::<bf16>(shape, |column, start, to| match order(column) {
-                Some(output) => weight.read(output * inputs * taps + start, to),
-                None => to.fill(bf16::ZERO),
-            }),
-        }
+        let of_output = weight.dims().iter().product::<usize>() / outputs;
+        let shape = Shape { columns, inputs: of_output / taps, taps };
+        let column = |column| match order(column) {
+            None => Column::Zeros,
+            Some(output) => match weight.plain(output * of_output, of_output) {
+                Some((bytes, format)) => Column::Stored(bytes, format),
+                None => {
+                    let mut values = vec![0.0; of_output];
+                    weight.read(output * of_output, &mut values);
+                    Column::Made(values)
+                }
+            },
+        };
+        Self::pack_columns(format, shape, column)
     }
 
     /// Packs `outputs` columns of `inner` positions; `fill(output, column)` writes one column, whose
@@ -82,35 +82,29 @@ impl Panels {
         inner: usize,
         fill: impl Fn(usize, &mut [f32]) + Send + Sync,
     ) -> Result<Self> {
-        // Columns are written whole, and not again for each part of them.
-        let shape = Shape { columns: outputs, inputs: inner, taps: 1, block: inner };
-        match format {
-            Format::F32 => Self::pack_as::<f32>(shape, |column, _, to| {
-                to.fill(0.0);
-                fill(column, to);
-            }),
-            Format::Bf16 => Self::pack_as::<bf16>(shape, |column, _, to| {
-                let mut values = vec![0.0; inner];
-                fill(column, &mut values);
-                to.iter_mut().zip(values).for_each(|(to, value)| *to = bf16::from_f32(value));
-            }),
-        }
+        Self::pack_columns(format, Shape { columns: outputs, inputs: inner, taps: 1 }, |column| {
+            let mut values = vec![0.0; inner];
+            fill(column, &mut values);
+            Column::Made(values)
+        })
     }
 
-    /// `read(column, start, to)` reads a part of a column's (inputs, taps).
-    fn pack_as<E: Element>(shape: Shape, read: impl Fn(usize, usize, &mut [E]) + Send + Sync) -> Result<Self> {
-        let Shape { columns, inputs, taps, .. } = shape;
-        let inner = taps * inputs.next_multiple_of(E::DEPTH);
-        let panels = columns.div_ceil(PANEL);
-        let mut buffer = Buffer::new(E::FORMAT, panels * inner * PANEL)?;
-        let values = buffer.values_mut::<E>().par_chunks_mut((inner * PANEL).max(1));
-        values.enumerate().try_for_each(|(panel, to)| {
-            pack_panel(shape, to, |lane, start, to| match panel * PANEL + lane {
-                column if column < columns => read(column, start, to),
-                _ => to.fill(E::default()),
-            })
-        })?;
-        Ok(Self { values: Values::Packed(buffer), inner, outputs: columns })
+    fn pack_columns<'a>(
+        format: Format,
+        shape: Shape,
+        column: impl Fn(usize) -> Column<'a> + Send + Sync,
+    ) -> Result<Self> {
+        let inputs = match format {
+            Format::F32 => shape.inputs.next_multiple_of(f32::DEPTH),
+            Format::Bf16 => shape.inputs.next_multiple_of(bf16::DEPTH),
+        };
+        let inner = shape.taps * inputs;
+        let mut values = Buffer::new(format, shape.columns.div_ceil(PANEL) * inner * PANEL)?;
+        match format {
+            Format::F32 => pack_panels::<f32>(values.values_mut(), inner, shape, column),
+            Format::Bf16 => pack_panels::<bf16>(values.values_mut(), inner, shape, column),
+        }?;
+        Ok(Self { values: Values::Packed(values), inner, outputs: shape.columns })
     }
 
     pub fn format(&self) -> Format {
@@ -150,60 +144,26 @@ impl Panels {
     }
 }
 
-/// A weight to pack.
-#[derive(Clone, Copy)]
-struct Shape {
-    columns: usize,
-    inputs: usize,
-    taps: usize,
-    /// Inputs at a time.
-    block: usize,
-}
-
-/// Packs one panel; `read(lane, start, to)` reads a part of a lane's (inputs, taps).
-fn pack_panel<E: Element>(shape: Shape, to: &mut [E], read: impl Fn(usize, usize, &mut [E])) -> Result<()> {
-    let Shape { inputs, taps, block, .. } = shape;
-    let of_block = block.max(1).next_multiple_of(E::DEPTH);
-    let of_tap = inputs.next_multiple_of(E::DEPTH) * PANEL;
-    with_scratch(of_block * taps, |values: &mut [E]| {
-        for first in (0..inputs).step_by(of_block) {
-            let count = of_block.min(inputs - first);
-            let padded = count.next_multiple_of(E::DEPTH);
-            for lane in 0..PANEL {
-                read(lane, first * taps, &mut values[..count * taps]);
-                values[count * taps..padded * taps].fill(E::default());
-                let (values, to) = (&values[..padded * taps], &mut to[first * PANEL + lane * E::DEPTH..]);
-                // The usual ones, each compiled for itself.
-                match (taps, E::DEPTH) {
-                    (1, 1) => interleave(values.as_chunks::<1>().0, of_tap, to),
-                    (1, 2) => interleave(values.as_chunks::<2>().0, of_tap, to),
-                    (9, 1) => interleave(values.as_chunks::<9>().0, of_tap, to),
-                    (9, 2) => interleave(values.as_chunks::<18>().0, of_tap, to),
-                    _ => interleave(values.chunks_exact(taps * E::DEPTH), of_tap, to),
-                }
-            }
-        }
+fn pack_panels<'a, E: Element>(
+    to: &mut [E],
+    inner: usize,
+    shape: Shape,
+    column: impl Fn(usize) -> Column<'a> + Send + Sync,
+) -> Result<()> {
+    let panels = to.par_chunks_mut((inner * PANEL).max(1));
+    panels.enumerate().try_for_each(|(panel, to)| {
+        let columns: [Column<'a>; PANEL] = std::array::from_fn(|lane| match panel * PANEL + lane {
+            place if place < shape.columns => column(place),
+            _ => Column::Zeros,
+        });
+        pack_panel(shape, &columns, to)
     })
-}
-
-/// Lays a lane's factors of values (`DEPTH` inputs, taps) into packed positions, each tap's `of_tap` apart.
-#[inline(always)]
-fn interleave<E: Element>(factors: impl IntoIterator<Item: AsRef<[E]>>, of_tap: usize, to: &mut [E]) {
-    for (step, factor) in factors.into_iter().enumerate() {
-        let factor = factor.as_ref();
-        let taps = factor.len() / E::DEPTH;
-        for tap in 0..taps {
-            let to = &mut to[tap * of_tap + step * PANEL * E::DEPTH..][..E::DEPTH];
-            for (part, to) in to.iter_mut().enumerate() {
-                *to = factor[part * taps + tap];
-            }
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::parameter::Stored;
 
     #[test]
     fn a_panel_holds_its_outputs_side_by_side_and_pairs_of_positions() {
@@ -221,5 +181,46 @@ mod tests {
         assert_eq!(values[..4], [0.0, 1.0, 10.0, 11.0]);
         // The fourth position does not exist.
         assert_eq!(values[2 * PANEL..2 * PANEL + 4], [2.0, 0.0, 12.0, 0.0]);
+    }
+
+    #[test]
+    fn a_weight_is_packed_taps_first_whatever_it_is_stored_in() {
+        // More inputs than are packed at a time, an odd number of them, and a column of zeros.
+        for (outputs, inputs, taps) in [(18, 67, 9), (3, 601, 1), (17, 5, 4), (1, 1, 1)] {
+            let dims = [outputs, inputs, taps];
+            let values: Vec<f32> = (0..dims.iter().product()).map(|value| (value % 255) as f32 - 99.0).collect();
+            let halves = |of: fn(f32) -> [u8; 2]| values.iter().flat_map(|value| of(*value)).collect::<Vec<u8>>();
+            let weights = [
+                Parameter::from_values(&values, &dims),
+                Parameter::new(halves(|value| half::f16::from_f32(value).to_le_bytes()), Stored::F16, &dims),
+                Parameter::new(halves(|value| bf16::from_f32(value).to_le_bytes()), Stored::Bf16, &dims),
+                Parameter::new(
+                    values.iter().flat_map(|value| f64::from(*value).to_le_bytes()).collect::<Vec<u8>>(),
+                    Stored::F64,
+                    &dims,
+                ),
+            ];
+            for (weight, format) in weights.iter().flat_map(|weight| [(weight, Format::F32), (weight, Format::Bf16)]) {
+                let order = |column: usize| column.checked_sub(1);
+                let panels = Panels::pack_weight(format, weight, (outputs + 1, taps), order).unwrap();
+                let (depth, got): (usize, Vec<f32>) = match format {
+                    Format::F32 => (1, panels.values::<f32>().to_vec()),
+                    Format::Bf16 => (2, panels.values::<bf16>().iter().map(|value| value.to_f32()).collect()),
+                };
+                let padded = inputs.next_multiple_of(depth);
+                assert_eq!((panels.inner(), panels.outputs()), (taps * padded, outputs + 1));
+                for (at, value) in got.into_iter().enumerate() {
+                    let (panel, rest) = (at / (taps * padded * PANEL), at % (taps * padded * PANEL));
+                    let (factor, lane, part) = (rest / (PANEL * depth), rest / depth % PANEL, rest % depth);
+                    let (tap, input) = ((factor * depth + part) / padded, (factor * depth + part) % padded);
+                    let output = (panel * PANEL + lane).checked_sub(1).filter(|output| *output < outputs);
+                    let expected = match output {
+                        Some(output) if input < inputs => values[(output * inputs + input) * taps + tap],
+                        _ => 0.0,
+                    };
+                    assert_eq!(value, expected, "{dims:?}, output {output:?}, input {input}, tap {tap}");
+                }
+            }
+        }
     }
 }

@@ -120,6 +120,14 @@ impl Simd for Portable {
         unsafe { to.cast::<[u32; Self::LANES]>().write_unaligned(pairs) }
     }
     #[inline(always)]
+    unsafe fn store_columns(self, rows: &[Self::F32; 16], to: &[*mut f32; 16]) {
+        for (lane, to) in to.iter().enumerate().take(LANES) {
+            let column: [f32; LANES] = std::array::from_fn(|row| rows[row][lane]);
+            // SAFETY: the caller's promise.
+            unsafe { self.store(*to, column) }
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: Self::F32) -> f32 {
         ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]))
     }

@@ -70,6 +70,10 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     /// # Safety
     /// `to` must be writable for 2 × [`Simd::LANES`] values.
     unsafe fn store_pairs(self, to: *mut bf16, first: Self::F32, second: Self::F32);
+    /// Stores the first [`Simd::LANES`] of `rows` as columns: the values that they have in lane `l` at `to[l]`.
+    /// # Safety
+    /// The first [`Simd::LANES`] of `to` must each be writable for as many values.
+    unsafe fn store_columns(self, rows: &[Self::F32; 16], to: &[*mut f32; 16]);
     /// The sum of the lanes, always in the same order.
     fn sum(self, a: Self::F32) -> f32;
     /// The largest lane.

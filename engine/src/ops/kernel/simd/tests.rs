@@ -296,3 +296,35 @@ fn what_is_no_number_shows_in_its_own_lane_of_a_dot_product_alone() {
         }
     }
 }
+
+struct Columns(Vec<f32>);
+
+impl Kernel for Columns {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+        let mut stored = vec![0.0; S::LANES * S::LANES];
+        let (mut rows, mut to) = ([simd.splat(0.0); 16], [std::ptr::null_mut(); 16]);
+        for (index, values) in self.0.chunks_exact(S::LANES).enumerate().take(S::LANES) {
+            // SAFETY: a vector's values.
+            rows[index] = unsafe { simd.load(values.as_ptr()) };
+            to[index] = stored[index * S::LANES..].as_mut_ptr();
+        }
+        // SAFETY: there is room for a vector's values at each.
+        unsafe { simd.store_columns(&rows, &to) };
+        stored
+    }
+}
+
+#[test]
+fn rows_are_stored_as_columns() {
+    let values: Vec<f32> = (0..256).map(|value| value as f32).collect();
+    for isa in Isa::available() {
+        let stored = dispatch(isa, Columns(values.clone()));
+        let lanes = stored.len().isqrt();
+        for (at, value) in stored.into_iter().enumerate() {
+            assert_eq!(value, values[at % lanes * lanes + at / lanes], "{isa}");
+        }
+    }
+}
