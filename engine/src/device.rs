@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use candle_core::DType;
 
+use crate::ops::Place;
 use crate::{Error, Result};
 
 /// Which device to open, as a flag or configuration names it.
@@ -23,13 +24,17 @@ pub enum DeviceChoice {
 impl DeviceChoice {
     /// The fastest kind of device that this build can drive and this machine has.
     pub fn best() -> Self {
-        if candle_core::utils::cuda_is_available() && Device::open(Self::Cuda(0)).is_ok() {
-            Self::Cuda(0)
-        } else if candle_core::utils::metal_is_available() && Device::open(Self::Metal).is_ok() {
-            Self::Metal
-        } else {
-            Self::Cpu
+        let built = [
+            (candle_core::utils::cuda_is_available(), Self::Cuda(0)),
+            (candle_core::utils::metal_is_available(), Self::Metal),
+        ];
+        for (_, choice) in built.into_iter().filter(|(built, _)| *built) {
+            match Device::open(choice) {
+                Ok(_) => return choice,
+                Err(error) => tracing::warn!("this build can use {choice}, but it does not open: {error}"),
+            }
         }
+        Self::Cpu
     }
 }
 
@@ -65,6 +70,8 @@ impl FromStr for DeviceChoice {
 pub struct Device {
     choice: DeviceChoice,
     inner: candle_core::Device,
+    /// Whether the processor's own kernels compute.
+    host: bool,
 }
 
 impl Device {
@@ -82,28 +89,36 @@ impl Device {
             DeviceChoice::Metal if !candle_core::utils::metal_is_available() => {
                 return Err(Error::request("device", "one that this build supports (feature `metal` is off)", choice));
             }
-            // One stream for all threads: work of two threads must stay ordered.
-            DeviceChoice::Cuda(ordinal) => candle_core::Device::new_cuda_with_stream(ordinal)?,
+            DeviceChoice::Cuda(ordinal) => open_cuda(ordinal)?,
             DeviceChoice::Metal => candle_core::Device::new_metal(0)?,
         };
-        Ok(Self { choice, inner })
+        Ok(Self { choice, inner, host: choice == DeviceChoice::Cpu })
+    }
+
+    /// The processor as if it were another device: candle's kernels compute, as on a GPU, instead of ours. Slow, and
+    /// only `f32`: made for tests of that path on a machine without a GPU.
+    pub fn elsewhere() -> Self {
+        Self { choice: DeviceChoice::Cpu, inner: candle_core::Device::Cpu, host: false }
     }
 
     /// What was opened, for logs and bench tables: `cpu (2 threads)`, `cuda:0`, `metal`.
     pub fn describe(&self) -> String {
         match self.choice {
+            DeviceChoice::Cpu if !self.host => "cpu (as another device)".to_owned(),
             DeviceChoice::Cpu => format!("cpu ({} threads)", rayon::current_num_threads()),
             choice => choice.to_string(),
         }
     }
 
+    /// Whether it is the processor with kernels of its own.
+    pub fn is_processor(&self) -> bool {
+        self.host
+    }
+
     /// Runs `work` where operations on this device start fastest: on the processor inside its thread
     /// pool, so that an operation's first tile needs no other thread to wake up.
     pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match self.choice {
-            DeviceChoice::Cpu => rayon::scope(|_| work()),
-            _ => work(),
-        }
+        if self.host { rayon::scope(|_| work()) } else { work() }
     }
 
     /// In how many parts the rows of a pass are best computed side by side, by a model with so many bytes of
@@ -112,26 +127,42 @@ impl Device {
     /// threads have woken up: there each thread takes rows of its own through the whole model.
     pub(crate) fn parts(&self, weight_bytes: usize) -> usize {
         const SMALL: usize = 64 << 20;
-        match self.choice {
-            DeviceChoice::Cpu if weight_bytes <= SMALL => rayon::current_num_threads(),
-            _ => 1,
-        }
+        if self.host && weight_bytes <= SMALL { rayon::current_num_threads() } else { 1 }
     }
 
     /// Bytes that a model's activations may well take. On the processor half of what is free now; elsewhere a
     /// fixed number, because there it may show in a picture.
     pub(crate) fn activation_bytes(&self) -> usize {
         const ELSEWHERE: usize = 4 << 30;
-        match self.choice {
-            DeviceChoice::Cpu => memory::free().map_or(ELSEWHERE, |bytes| bytes / 2),
-            _ => ELSEWHERE,
-        }
+        if self.host { memory::free().map_or(ELSEWHERE, |bytes| bytes / 2) } else { ELSEWHERE }
     }
 
-    /// The device for tensors.
-    pub(crate) fn tensors(&self) -> &candle_core::Device {
-        &self.inner
+    /// Where tensors are that are computed in `precision`.
+    pub(crate) fn place(&self, precision: Precision) -> Place {
+        let place = Place::new(&self.inner, precision.dtype());
+        if self.host { place } else { place.elsewhere() }
     }
+
+    /// Waits until all is done that was asked of the device: a GPU is given work ahead of time.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if some of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.inner.synchronize()?)
+    }
+}
+
+/// One stream for all threads: work of two threads must stay ordered.
+fn open_cuda(ordinal: usize) -> Result<candle_core::Device> {
+    let device = candle_core::Device::new_cuda_with_stream(ordinal)?;
+    #[cfg(feature = "cuda")]
+    // SAFETY: every tensor of this device is made, used and freed on its one stream, in that order: no stream has to
+    // wait for another, and the events that would see to it are calls of the driver at each use of each tensor.
+    #[allow(unsafe_code)]
+    unsafe {
+        device.as_cuda_device()?.disable_event_tracking();
+    }
+    Ok(device)
 }
 
 /// The number format that the models compute in.
@@ -146,12 +177,13 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// What runs best on `device`: 32 bits on a processor, 16 on a GPU.
+    /// What runs best on `device`: 32 bits on a processor, 16 on a GPU, where they have the range of 32 bits if it
+    /// can compute with such.
     pub fn default_for(device: &Device) -> Self {
         match device.choice {
             DeviceChoice::Cpu => Self::F32,
-            DeviceChoice::Cuda(_) => Self::Bf16,
-            DeviceChoice::Metal => Self::F16,
+            DeviceChoice::Cuda(_) if device.place(Self::Bf16).works() => Self::Bf16,
+            DeviceChoice::Cuda(_) | DeviceChoice::Metal => Self::F16,
         }
     }
 

@@ -57,13 +57,47 @@ impl Error {
 }
 
 impl From<candle_core::Error> for Error {
-    fn from(error: candle_core::Error) -> Self {
+    fn from(mut error: candle_core::Error) -> Self {
+        // Where a call came from is nothing to show to people, nor to look for words in.
+        while let candle_core::Error::WithBacktrace { inner, .. } = error {
+            error = *inner;
+        }
         // candle wraps a driver's refusal of memory in its text only.
         let text = error.to_string();
         let lower = text.to_lowercase();
-        if lower.contains("out of memory") || lower.contains("out_of_memory") {
+        // The driver's, its libraries' (cuBLAS, cuDNN) and Metal's.
+        const REFUSALS: [&str; 4] = ["out of memory", "out_of_memory", "alloc_failed", "create metal resource: buffer"];
+        if REFUSALS.iter().any(|words| lower.contains(words)) {
             return Self::OutOfMemory(text);
         }
         Self::Device(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_refuses_memory_is_told_from_one_that_fails() {
+        for refusal in [
+            r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#,
+            "CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
+            "CudnnError(CUDNN_STATUS_ALLOC_FAILED)",
+            "Failed to create metal resource: Buffer",
+        ] {
+            let error = Error::from(candle_core::Error::Msg(refusal.to_owned()));
+            assert!(matches!(&error, Error::OutOfMemory(text) if text == refusal), "{error}");
+        }
+        let failure = candle_core::Error::Msg("CublasError(CUBLAS_STATUS_EXECUTION_FAILED)".to_owned());
+        assert!(matches!(Error::from(failure), Error::Device(_)));
+    }
+
+    #[test]
+    fn an_error_s_text_says_what_and_not_where_from() {
+        let inner = Box::new(candle_core::Error::Msg("no such kernel".to_owned()));
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let error = Error::from(candle_core::Error::WithBacktrace { inner, backtrace });
+        assert_eq!(error.to_string(), "device: no such kernel");
     }
 }

@@ -89,10 +89,13 @@ impl Case {
     /// # Errors
     /// [`crate::Error::OutOfMemory`] or [`crate::Error::Device`].
     pub fn prepare(&self, device: &Device, precision: Precision) -> Result<Prepared> {
-        let place = Place::new(device.tensors(), precision.dtype());
+        let place = device.place(precision);
         let run = self.kind.prepare(&place)?;
         let device = device.clone();
-        Ok(Box::new(move || device.run(&run)))
+        Ok(Box::new(move || {
+            device.run(&run)?;
+            device.synchronize()
+        }))
     }
 }
 

@@ -1,18 +1,20 @@
 //! What a bench needs to see of the engine that nobody else does: how fast this machine could be, and
 //! each operation by itself at the shapes that models call it with.
 //!
-//! Reading order: `ceilings` (what the machine can do) over `peaks` (its multiply-adds), `cases` (what
+//! Reading order: `ceilings` (what the machine can do) over `peaks` (its multiply-adds), `device` (what a GPU can do), `cases` (what
 //! the operations are asked for), `latent` (something to decode).
 //!
 //! Invariant: nothing in the engine depends on this module.
 
 mod cases;
 mod ceilings;
+mod device;
 mod latent;
 mod peaks;
 
 pub use cases::{Case, Prepared, cases};
 pub use ceilings::{Bandwidth, Peak, Rate, bandwidth, multiply_add_peaks, threads};
+pub use device::{DeviceRates, device_rates};
 pub use latent::noise_latents;
 
 /// The instructions that the kernels have chosen on this processor: `avx512-bf16`.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use candle_core::DType;
 use half::bf16;
 
 use super::buffer::{Buffer, Format};
@@ -17,7 +18,7 @@ use crate::Result;
 /// x · sigmoid(x).
 pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
     if let Some(x) = x.device_values() {
-        return Ok(Tensor::on_device(x.silu()?));
+        return Ok(Tensor::on_device(x.to_dtype(DType::F32)?.silu()?.to_dtype(x.dtype())?));
     }
     let resolved = x.resolved()?;
     let from = resolved.host()?;

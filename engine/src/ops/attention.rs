@@ -100,28 +100,26 @@ fn on_device(
     distances: Option<&[f32]>,
     shape: Shape,
 ) -> Result<candle_core::Tensor> {
-    /// Scores held at once, all rows and heads together.
-    const SCORES: usize = 256 << 20;
+    /// Scores held at once, all rows and heads together: some 2 GiB with what is made of them.
+    const SCORES: usize = 128 << 20;
     let Shape { rows, queries, keys, channels, heads, causal } = shape;
     let split = |x: &candle_core::Tensor, tokens: usize| -> Result<candle_core::Tensor> {
         Ok(x.reshape((rows, tokens, heads, shape.width()))?.transpose(1, 2)?.contiguous()?)
     };
     let (q, k, v) = (split(query, queries)?, split(key, keys)?, split(value, keys)?);
-    let k = k.transpose(2, 3)?.contiguous()?;
+    let k = k.t()?;
+    let distances = distances.map(|values| candle_core::Tensor::from_slice(values, (heads, ()), q.device()));
+    let distances = distances.transpose()?;
     let scale = if distances.is_some() { 1.0 } else { 1.0 / (shape.width() as f64).sqrt() };
     let block = (SCORES / (rows * heads * keys).max(1)).clamp(1, queries.max(1));
     let mut parts = Vec::new();
     for first in (0..queries).step_by(block) {
         let count = block.min(queries - first);
         let mut scores = (q.narrow(2, first, count)?.contiguous()?.matmul(&k)?.to_dtype(DType::F32)? * scale)?;
-        if let Some(distances) = distances {
-            let reach = queries + keys - 1;
-            let of_query = |head: usize, query: usize| (0..keys).map(move |key| head * reach + query + keys - 1 - key);
-            let places =
-                (0..heads).flat_map(|head| (first..first + count).flat_map(move |query| of_query(head, query)));
-            let added: Vec<f32> = places.map(|place| distances[place]).collect();
-            let added = candle_core::Tensor::from_vec(added, (heads, count, keys), q.device())?;
-            scores = scores.broadcast_add(&added)?;
+        if let Some(distances) = &distances {
+            let places = (first..first + count).flat_map(|query| (0..keys).map(move |key| query + keys - 1 - key));
+            let places = candle_core::Tensor::from_iter(places.map(|place| place as u32), q.device())?;
+            scores = scores.broadcast_add(&distances.index_select(&places, 1)?.reshape((heads, count, keys))?)?;
         }
         if causal {
             let hidden = (first..first + count)

@@ -1,5 +1,6 @@
 //! The two-dimensional convolution.
 
+use candle_core::{DType, Device};
 use half::bf16;
 
 use super::buffer::{Buffer, Format};
@@ -112,7 +113,7 @@ impl Conv2d {
         added.check(&dims)?;
         match (&self.weight, &x.values) {
             (Weight::Device { weight, bias }, Values::Device(x)) => {
-                Ok(Tensor::on_device(on_device(x, weight, bias.as_ref(), self.shape, added)?))
+                Ok(Tensor::on_device(on_device(x, (weight, bias.as_ref()), self.shape, added, IN_HAND)?))
             }
             (Weight::Host { weight, bias }, Values::Host(host)) => {
                 let before = self.shape.padding.0;
@@ -237,19 +238,26 @@ impl HostCall<'_> {
     }
 }
 
+/// Values that a convolution on another device has in hand at once, without its input and its result. Where the
+/// device copies all windows before it multiplies them, a whole map's would not fit, and beyond 2³² of them its
+/// kernels go wrong; libraries that copy nothing still count a map's values in 31 bits.
+const IN_HAND: usize = 256 << 20;
+
 fn on_device(
     x: &candle_core::Tensor,
-    weight: &candle_core::Tensor,
-    bias: Option<&candle_core::Tensor>,
+    (weight, bias): (&candle_core::Tensor, Option<&candle_core::Tensor>),
     shape: ConvShape,
     added: Added<'_>,
+    in_hand: usize,
 ) -> Result<candle_core::Tensor> {
-    let (before, after) = shape.padding;
-    let x = layout::first(x)?;
-    let padded = before != after;
-    let x = if padded { x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)? } else { x };
-    let padding = if padded { 0 } else { before };
-    let y = layout::last(&x.conv2d(weight, padding, shape.stride, 1, 1)?)?;
+    let y = match (x.dtype(), x.device()) {
+        // candle has cuDNN sum up in `f16`. Where this becomes TF32, that has all digits of the factors.
+        (DType::F16, Device::Cuda(_)) if cfg!(feature = "cudnn") => {
+            let (x, weight) = (x.to_dtype(DType::F32)?, weight.to_dtype(DType::F32)?);
+            in_pieces(&x, &weight, shape, in_hand)?.to_dtype(DType::F16)?
+        }
+        _ => in_pieces(x, weight, shape, in_hand)?,
+    };
     let y = match bias {
         Some(bias) => y.broadcast_add(bias)?,
         None => y,
@@ -262,6 +270,40 @@ fn on_device(
         Added::Nothing => y,
         _ => return Err(misuse("a convolution and what is added are on different devices".to_owned())),
     })
+}
+
+/// (rows, height, width, in) → (rows, height', width', out), so many rows and lines at a time that their windows are
+/// at most `in_hand` values.
+fn in_pieces(
+    x: &candle_core::Tensor,
+    weight: &candle_core::Tensor,
+    ConvShape { stride, padding: (before, after) }: ConvShape,
+    in_hand: usize,
+) -> Result<candle_core::Tensor> {
+    let (x, (_, inputs, kernel, across)) = (layout::first(x)?, weight.dims4()?);
+    let (rows, _, height, width) = x.dims4()?;
+    let down = (height + before + after - kernel) / stride + 1;
+    let line = ((width + before + after - across) / stride + 1) * kernel * across * inputs;
+    let some_rows = (in_hand / (down * line).max(1)).clamp(1, rows.max(1));
+    let some_lines = if down * line <= in_hand { down } else { (in_hand / line.max(1)).clamp(1, down) };
+    let (x, padding) = if before == after && some_lines == down {
+        (x, before)
+    } else {
+        (x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?, 0)
+    };
+    let mut of_rows = Vec::new();
+    for row in (0..rows).step_by(some_rows) {
+        let x = x.narrow(0, row, some_rows.min(rows - row))?;
+        let mut of_lines = Vec::new();
+        for top in (0..down).step_by(some_lines) {
+            let count = some_lines.min(down - top);
+            let piece =
+                if count == down { x.clone() } else { x.narrow(2, top * stride, (count - 1) * stride + kernel)? };
+            of_lines.push(layout::last(&piece.contiguous()?.conv2d(weight, padding, stride, 1, 1)?)?);
+        }
+        of_rows.push(candle_core::Tensor::cat(&of_lines, 1)?);
+    }
+    Ok(candle_core::Tensor::cat(&of_rows, 0)?)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{D, DType};
 use half::bf16;
 
 use super::buffer::{Buffer, Format};
@@ -61,7 +62,8 @@ enum DeviceWeight {
 
 impl DeviceWeight {
     fn new(weight: &Parameter<'_>, place: &Place) -> Result<Self> {
-        let Some((quantisation, bytes)) = weight.quantised() else {
+        let of_blocks = |values: usize| weight.dims().last().is_some_and(|inputs| inputs.is_multiple_of(values));
+        let Some((quantisation, bytes)) = weight.quantised().filter(|(blocks, _)| of_blocks(blocks.values())) else {
             return Ok(Self::Dense(weight.on_device(place)?.t()?.contiguous()?));
         };
         let storage = QStorage::from_data(bytes.into(), place.device(), quantisation.on_device())?;
@@ -370,21 +372,30 @@ fn on_device(
     if let Some(last) = dims.last_mut() {
         *last = outputs;
     }
-    let y = y.reshape(dims)?;
-    Ok(match activation {
-        Activation::Nothing => y,
-        Activation::Silu => y.silu()?,
-        Activation::Gelu => y.gelu_erf()?,
-        Activation::QuickGelu => (&y * candle_nn::ops::sigmoid(&(&y * 1.702)?)?)?,
-        Activation::GeluTanh => y.gelu()?,
-        Activation::Relu => y.relu()?,
-        Activation::Gate => {
-            let half = outputs / 2;
-            let (value, gate) =
-                (y.narrow(candle_core::D::Minus1, 0, half)?, y.narrow(candle_core::D::Minus1, half, half)?);
-            (value * gate.contiguous()?.gelu_erf()?)?
+    activated(&y.reshape(dims)?, activation)
+}
+
+/// Functions are `f32` in every format: half-precision kernels would round after each of their operations.
+fn activated(y: &candle_core::Tensor, activation: Activation) -> Result<candle_core::Tensor> {
+    let wide = |y: &candle_core::Tensor| y.to_dtype(DType::F32);
+    let activated = match activation {
+        Activation::Nothing => return Ok(y.clone()),
+        Activation::Relu => return Ok(y.relu()?),
+        Activation::Silu => wide(y)?.silu()?,
+        Activation::Gelu => wide(y)?.gelu_erf()?,
+        Activation::QuickGelu => {
+            let y = wide(y)?;
+            (&y * candle_nn::ops::sigmoid(&(&y * 1.702)?)?)?
         }
-    })
+        Activation::GeluTanh => wide(y)?.gelu()?,
+        Activation::Gate => {
+            let half = y.dim(D::Minus1)? / 2;
+            let (value, gate) = (y.narrow(D::Minus1, 0, half)?, y.narrow(D::Minus1, half, half)?);
+            let gate = wide(&gate.contiguous()?)?.gelu_erf()?.to_dtype(y.dtype())?;
+            return Ok((value * gate)?);
+        }
+    };
+    Ok(activated.to_dtype(y.dtype())?)
 }
 
 #[cfg(test)]

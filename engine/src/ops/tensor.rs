@@ -16,12 +16,19 @@ use crate::Result;
 pub(crate) struct Place {
     device: Device,
     dtype: DType,
+    /// Whether the kernels of the host compute.
+    host: bool,
 }
 
 impl Place {
     /// On the processor `f16` is computed as `f32`: few processors multiply it.
     pub fn new(device: &Device, dtype: DType) -> Self {
-        Self { device: device.clone(), dtype }
+        Self { device: device.clone(), dtype, host: device.is_cpu() }
+    }
+
+    /// The same place computed at as if it were not the host.
+    pub fn elsewhere(self) -> Self {
+        Self { host: false, ..self }
     }
 
     /// The processor, with `f32`.
@@ -37,14 +44,23 @@ impl Place {
 
     /// The same place with a format that holds numbers as large as `f32` does.
     pub fn with_wide_range(&self) -> Self {
-        let dtype = if self.dtype == DType::F16 { DType::BF16 } else { self.dtype };
-        // The processor computes `f16` as `f32`.
-        if self.device.is_cpu() { self.clone() } else { Self { dtype, ..self.clone() } }
+        // The host computes `f16` as `f32`.
+        if self.host || self.dtype != DType::F16 {
+            return self.clone();
+        }
+        let half = Self { dtype: DType::BF16, ..self.clone() };
+        if half.works() { half } else { self.in_f32() }
+    }
+
+    /// Whether the device computes in the format: NVIDIA's GPUs before Ampere do not in `bf16`.
+    pub fn works(&self) -> bool {
+        let one = || candle_core::Tensor::ones(1, self.dtype, &self.device)?.to_dtype(DType::F32);
+        self.host || one().is_ok()
     }
 
     /// The format of tensors on the host; `None` elsewhere.
     pub(super) fn on_host(&self) -> Option<Format> {
-        self.device.is_cpu().then_some(if self.dtype == DType::BF16 { Format::Bf16 } else { Format::F32 })
+        self.host.then_some(if self.dtype == DType::BF16 { Format::Bf16 } else { Format::F32 })
     }
 
     /// Bytes of a value as it is computed with here.

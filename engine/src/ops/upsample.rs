@@ -297,8 +297,7 @@ mod tests {
     fn the_path_for_other_devices_agrees() {
         let (weight, bias) = (parameter([6, 5, 3, 3], 1), parameter([6], 2));
         let here = UpsampleConv::new(&weight, &bias, &Place::host()).unwrap();
-        let there = Conv2d::elsewhere(&weight, Some(&bias), ConvShape::same(3));
-        let there = UpsampleConv { weight: Weight::Device(there), channels: (5, 6) };
+        let there = UpsampleConv::new(&weight, &bias, &Place::host().elsewhere()).unwrap();
         let x = reference::tensor([2, 4, 3, 5], 3);
         for (height, width) in [(8, 6), (7, 5)] {
             let expected = here.forward(&x, height, width).unwrap();

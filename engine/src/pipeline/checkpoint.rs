@@ -9,7 +9,7 @@ use super::family::{Conditions, Family, ModelRow, Parts};
 use super::{flux, picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
 use crate::noise::NoiseSource;
-use crate::ops::{self, Place};
+use crate::ops;
 use crate::sampler::{Flow, SamplerConfig};
 use crate::source::Source;
 use crate::text::EmbeddingCache;
@@ -80,7 +80,11 @@ impl Checkpoint {
             let known = PIPELINES.map(|(name, _)| format!("`{name}`")).join(", ");
             return Err(index.refuse("_class_name", format!("one of {known}")));
         };
-        let place = &Place::new(device.tensors(), precision.dtype());
+        let place = &device.place(precision);
+        if !place.works() {
+            let limit = format!("a number format that {} computes in", device.describe());
+            return Err(Error::request("dtype", limit, precision));
+        }
         let sampler = read_sampler(&source.scheduler()?)?;
         let vae = Vae::load(source.part("vae"), place)?;
         let family = load(&Parts { source, index, vae: &vae.config, place })?;

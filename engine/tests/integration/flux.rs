@@ -30,7 +30,7 @@ fn every_picture_is_at_most_one_level_off_diffusers() {
 }
 
 /// `flux_dev` with a GGUF file in the place of a part's weights.
-fn with_gguf(parts: &[(&str, &str)]) -> tempfile::TempDir {
+pub fn with_gguf(parts: &[(&str, &str)]) -> tempfile::TempDir {
     let checkpoint = copy_of("flux_dev");
     for (part, file) in parts {
         let place = checkpoint.path().join(part);
@@ -45,8 +45,8 @@ fn with_gguf(parts: &[(&str, &str)]) -> tempfile::TempDir {
     checkpoint
 }
 
-const TRANSFORMER: (&str, &str) = ("transformer", "flux1-tiny-Q4_K_S.gguf");
-const T5: (&str, &str) = ("text_encoder_2", "t5-tiny-encoder-Q5_K_M.gguf");
+pub const TRANSFORMER: (&str, &str) = ("transformer", "flux1-tiny-Q4_K_S.gguf");
+pub const T5: (&str, &str) = ("text_encoder_2", "t5-tiny-encoder-Q5_K_M.gguf");
 
 #[test]
 fn pictures_of_gguf_files_are_those_of_the_numbers_in_them() {

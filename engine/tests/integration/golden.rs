@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engine::{Checkpoint, MicroConditioning, RowRequest, SkipLayerGuidance, render};
+use image::RgbImage;
 use serde::Deserialize;
 
 use crate::support::{fixtures, init, largest_difference, mask};
@@ -15,8 +16,8 @@ pub struct Golden {
     pub file: String,
     prompt: String,
     negative_prompt: String,
-    width: usize,
-    height: usize,
+    pub width: usize,
+    pub height: usize,
     steps: usize,
     guidance_scale: f64,
     sampler: Option<String>,
@@ -57,7 +58,8 @@ pub fn read(list: &Path) -> Vec<Golden> {
 }
 
 impl Golden {
-    fn request(&self) -> RowRequest {
+    /// What diffusers was asked for.
+    pub fn request(&self) -> RowRequest {
         let mask = self.mask_image.as_deref().map(mask);
         RowRequest {
             prompt: self.prompt.clone(),
@@ -81,9 +83,13 @@ impl Golden {
         }
     }
 
+    /// The picture that diffusers made.
+    pub fn expected(&self) -> RgbImage {
+        image::open(fixtures().join("pictures").join(&self.file)).unwrap().into_rgb8()
+    }
+
     /// How many levels of 255 the picture of `checkpoint` is off diffusers' at most.
     pub fn difference(&self, checkpoint: &Arc<Checkpoint>) -> u8 {
-        let expected = image::open(fixtures().join("pictures").join(&self.file)).unwrap().into_rgb8();
-        largest_difference(&render(checkpoint, &self.request(), |_, _| {}).unwrap(), &expected)
+        largest_difference(&render(checkpoint, &self.request(), |_, _| {}).unwrap(), &self.expected())
     }
 }

@@ -6,7 +6,7 @@ use crate::golden::{self, Golden};
 use crate::support::{CHECKPOINTS, checkpoint, fixtures};
 
 /// Those of `pictures.json` and of the families' lists in `pictures/`.
-fn goldens() -> Vec<Golden> {
+pub fn goldens() -> Vec<Golden> {
     let listed = std::fs::read_dir(fixtures().join("pictures")).unwrap().map(|entry| entry.unwrap().path());
     let lists = listed.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
     lists.chain([fixtures().join("pictures.json")]).flat_map(|list| golden::read(&list)).collect()

@@ -3,21 +3,12 @@
 use std::sync::Arc;
 
 use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, RunningBatch, render};
-use image::RgbImage;
 
-use crate::support::{checkpoint, folder, request};
+use crate::support::{checkpoint, folder, psnr, request};
 
 fn loaded(precision: Precision) -> Arc<Checkpoint> {
     let device = Device::open(DeviceChoice::Cpu).unwrap();
     Arc::new(Checkpoint::load(&folder("demo"), &device, precision).unwrap())
-}
-
-/// Peak signal-to-noise ratio in dB.
-fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
-    assert_eq!(a.dimensions(), b.dimensions());
-    let squares: f64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
-    let mean = squares / a.as_raw().len() as f64;
-    if mean == 0.0 { f64::INFINITY } else { 10.0 * (255.0 * 255.0 / mean).log10() }
 }
 
 #[test]

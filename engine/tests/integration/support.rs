@@ -68,6 +68,14 @@ pub fn largest_difference(got: &RgbImage, expected: &RgbImage) -> u8 {
     got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
 }
 
+/// Peak signal-to-noise ratio in dB.
+pub fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
+    assert_eq!(a.dimensions(), b.dimensions());
+    let squares: f64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+    let mean = squares / a.as_raw().len() as f64;
+    if mean == 0.0 { f64::INFINITY } else { 10.0 * (255.0 * 255.0 / mean).log10() }
+}
+
 /// Copies a checkpoint to a fresh folder, so that a test can break it.
 pub fn copy_of(checkpoint: &str) -> tempfile::TempDir {
     fn copy(from: &Path, to: &Path) {

@@ -2,14 +2,9 @@ use super::*;
 use crate::ops::norm::GroupNorm;
 use crate::ops::reference::{self, parameter, tensor_at};
 
-impl Conv2d {
-    /// The convolution as another device has it.
-    pub(in crate::ops) fn elsewhere(weight: &Parameter<'_>, bias: Option<&Parameter<'_>>, shape: ConvShape) -> Self {
-        let [outputs, inputs, kernel_height, kernel_width] = weight.dims()[..] else { panic!("a weight's dimensions") };
-        let bias = bias.map(|bias| bias.on_device(&Place::host()).unwrap());
-        let weight = Weight::Device { weight: weight.on_device(&Place::host()).unwrap(), bias };
-        Self { weight, shape, kernel: (kernel_height, kernel_width), inputs, outputs }
-    }
+/// The convolution as another device has it.
+fn elsewhere(weight: &Parameter<'_>, bias: Option<&Parameter<'_>>, shape: ConvShape) -> Conv2d {
+    Conv2d::new(weight, bias, shape, &Place::host().elsewhere()).unwrap()
 }
 
 const HALVING: ConvShape = ConvShape { stride: 2, padding: (1, 1) };
@@ -185,7 +180,7 @@ fn the_path_for_other_devices_agrees() {
     for shape in [ConvShape::same(3), HALVING, HALVING_BEHIND] {
         let (weight, bias) = (parameter([6, 5, 3, 3], 1), parameter([6], 2));
         let here = Conv2d::new(&weight, Some(&bias), shape, &Place::host()).unwrap();
-        let there = Conv2d::elsewhere(&weight, Some(&bias), shape);
+        let there = elsewhere(&weight, Some(&bias), shape);
         let (x, per_row) = (reference::tensor([2, 6, 8, 5], 3), reference::tensor([2, 6], 4));
         let expected = here.forward_add_per_row(&x, &per_row).unwrap();
         let got = there.forward_add_per_row(&reference::elsewhere(&x), &reference::elsewhere(&per_row)).unwrap();
@@ -196,6 +191,25 @@ fn the_path_for_other_devices_agrees() {
         let expected = here.forward_add(&x, &residual).unwrap();
         let got = there.forward_add(&reference::elsewhere(&x), &reference::elsewhere(&residual)).unwrap();
         reference::assert_close(&reference::values(&got), &reference::values(&expected), 1e-5);
+    }
+}
+
+#[test]
+fn pieces_for_other_devices_are_the_whole() {
+    for (dims, weight, shape) in cases() {
+        let (x, weight) = (reference::elsewhere(&reference::tensor(dims, 1)), parameter(weight, 2));
+        let weight = weight.on_device(&Place::host()).unwrap();
+        let piece = |in_hand| {
+            let y = in_pieces(x.device_values().unwrap(), &weight, shape, in_hand).unwrap();
+            Tensor::on_device(y)
+        };
+        let whole = piece(usize::MAX);
+        let line = whole.dims()[2] * weight.dims()[1..].iter().product::<usize>();
+        // Single lines, some lines, single rows, some rows.
+        for in_hand in [1, 2 * line, 5 * line, whole.dims()[1] * line, 2 * whole.dims()[1] * line] {
+            assert_eq!(piece(in_hand).dims(), whole.dims());
+            reference::assert_close(&reference::values(&piece(in_hand)), &reference::values(&whole), 1e-5);
+        }
     }
 }
 
@@ -234,6 +248,6 @@ fn wrong_shapes_are_errors_and_not_panics() {
         }
         assert!(Conv2d::new(&parameter([6, 5], 1), None, ConvShape::same(1), &place).is_err());
     }
-    let there = Conv2d::elsewhere(&parameter([6, 5, 3, 3], 1), None, ConvShape::same(3));
+    let there = elsewhere(&parameter([6, 5, 3, 3], 1), None, ConvShape::same(3));
     assert!(there.forward(&reference::tensor([2, 4, 5, 5], 2)).is_err());
 }

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
   kiln bench engine                                       operations and the demo checkpoint
   kiln bench engine --model ./sd15 --dtype bf16 --json -  the whole model as well, every sample as JSON
   kiln bench engine --model ./sd15 --only load --cold     how fast weights are loaded from the disk
+  kiln bench engine --model ./flux --only pictures --device cuda:0   pictures per second of any family
   kiln bench engine --model ./sd15 --on-demand --part unet
 
 With --on-demand it loads, prints a line of JSON that says `ready`, and then, for each line `run` on
@@ -20,6 +21,9 @@ pub struct EngineArgs {
     /// A checkpoint's folder in diffusers layout; without it, only operations and the demo are measured
     #[arg(long, value_name = "FOLDER")]
     pub model: Option<PathBuf>,
+    /// cpu, cuda, cuda:N or metal [default: the configuration's worker.device, then the best there is]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
     /// f32, f16 or bf16 [default: the configuration's worker.dtype, then f32 on a CPU, bf16 on a GPU]
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
@@ -50,8 +54,8 @@ pub struct EngineArgs {
     /// What a run on demand is
     #[arg(long, value_enum, default_value_t = Part::Unet, requires = "on_demand")]
     pub part: Part,
-    /// Denoising steps of a whole picture
-    #[arg(long, value_name = "N", default_value_t = 20, requires = "on_demand", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Denoising steps of whole pictures
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub steps: u32,
     /// Where the first picture of the latest run is written
     #[arg(long, value_name = "FILE.png", requires = "on_demand")]
@@ -63,8 +67,10 @@ pub struct EngineArgs {
 pub enum Measurement {
     /// Each operation by itself, at the shapes of Stable Diffusion 1.5
     Ops,
-    /// A guided denoising step and a decoding of --model
+    /// A guided denoising step and a decoding of --model, if it has a U-Net
     Model,
+    /// Whole pictures of --model, 1, 4 and 16 at once; only if asked for
+    Pictures,
     /// A small picture: the demo checkpoint's
     Small,
     /// Loading of --model against plain reading of its files

@@ -1,7 +1,8 @@
 //! The machine's own limits, measured in this process.
 
-use ::engine::Precision;
-use ::engine::bench::{self, Rate};
+use ::engine::bench::{self, DeviceRates, Rate};
+use ::engine::{Device, Precision};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::super::machine;
@@ -52,8 +53,19 @@ impl From<Rate> for OneAndAll {
     }
 }
 
-/// Measures for some 10 seconds.
-pub fn measure() -> Ceilings {
+/// Measures for some 10 seconds: the processor, or another device that is to be used.
+pub fn measure(device: &Device, precision: Precision) -> Result<Ceilings> {
+    if device.is_processor() { Ok(of_processor()) } else { of_device(device, precision) }
+}
+
+fn of_device(device: &Device, precision: Precision) -> Result<Ceilings> {
+    let DeviceRates { flops, bytes } = bench::device_rates(device, precision)?;
+    let rate = |all| OneAndAll { one: all, all };
+    let peak = Peak { dtype: precision.as_str(), instructions: "products of 8192×8192", flops: rate(flops) };
+    Ok(Ceilings { peaks: vec![peak], threads: 1, read: rate(bytes), copy: rate(bytes) })
+}
+
+fn of_processor() -> Ceilings {
     let bandwidth = bench::bandwidth((CACHES * machine::last_cache_bytes()).clamp(BUFFER.0, BUFFER.1));
     let peaks = bench::multiply_add_peaks().into_iter().map(|peak| Peak {
         dtype: peak.precision.as_str(),

@@ -14,6 +14,7 @@ mod loading;
 mod model;
 mod ops;
 mod small;
+mod whole;
 
 mod on_demand;
 mod subject;
@@ -40,6 +41,7 @@ use crate::shutdown;
 
 /// Measures what `args` ask for, or serves timed runs.
 pub async fn run(mut config: Config, args: EngineArgs, stop: CancellationToken) -> Result<ExitCode> {
+    config.worker.device = args.device.clone().or(config.worker.device);
     config.worker.dtype = args.dtype.clone().or(config.worker.dtype);
     config.check().context("the command line is not right")?;
     if cfg!(debug_assertions) {
@@ -72,11 +74,12 @@ fn measure(config: &Config, args: &EngineArgs) -> Result<()> {
 
 fn fill(report: &mut Report, args: &EngineArgs, device: &Device, precision: Precision) -> Result<()> {
     let wanted = |what| args.only.is_empty() || args.only.contains(&what);
-    if args.model.is_none() && [Measurement::Model, Measurement::Load].iter().any(|what| args.only.contains(what)) {
-        bail!("--model must name a checkpoint's folder for `model` and `load`, but is missing");
+    let of_a_model = [Measurement::Model, Measurement::Pictures, Measurement::Load];
+    if args.model.is_none() && of_a_model.iter().any(|what| args.only.contains(what)) {
+        bail!("--model must name a checkpoint's folder for `model`, `pictures` and `load`, but is missing");
     }
     eprintln!("kiln: ceilings");
-    let ceilings = ceilings::measure();
+    let ceilings = ceilings::measure(device, precision)?;
     let roof = ceilings.roof(precision);
     report.ceilings = Some(ceilings);
     if wanted(Measurement::Ops) {
@@ -91,6 +94,10 @@ fn fill(report: &mut Report, args: &EngineArgs, device: &Device, precision: Prec
         }
         if wanted(Measurement::Model) {
             report.model = Some(model::measure(folder, device, precision, args, roof)?);
+        }
+        // Takes too long to be done unasked.
+        if args.only.contains(&Measurement::Pictures) {
+            report.pictures = Some(whole::measure(folder, device, precision, args)?);
         }
     }
     Ok(())

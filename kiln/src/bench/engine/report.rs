@@ -13,6 +13,7 @@ use super::loading::Loading;
 use super::model::Model;
 use super::ops::Ops;
 use super::small::Small;
+use super::whole::Whole;
 
 /// The outcome; what was not asked for is absent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -32,6 +33,8 @@ pub struct Report {
     pub ops: Option<Ops>,
     /// The whole model.
     pub model: Option<Model>,
+    /// Whole pictures.
+    pub pictures: Option<Whole>,
     /// Small pictures.
     pub small: Option<Small>,
     /// Loading.
@@ -53,6 +56,7 @@ impl Report {
             ceilings: None,
             ops: None,
             model: None,
+            pictures: None,
             small: None,
             loading: None,
             load_average_after: None,
@@ -69,6 +73,7 @@ impl fmt::Display for Report {
             self.ceilings.as_ref().map(Ceilings::table),
             self.ops.as_ref().map(Ops::table),
             self.model.as_ref().map(Model::table),
+            self.pictures.as_ref().map(Whole::table),
             self.small.as_ref().map(Small::table),
             self.loading.as_ref().map(Loading::table),
         ];
