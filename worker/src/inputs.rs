@@ -1,4 +1,4 @@
-//! Pictures that jobs start from: fetched, decoded and brought to the job's size beside the device, before the row
+//! Pictures and latents that jobs start from: fetched, decoded and brought to the job's size beside the device, before the row
 //! goes there.
 
 use std::collections::HashMap;
@@ -6,9 +6,10 @@ use std::io::Cursor;
 use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
-use engine::InitImage;
+use engine::{InitContent, InitImage};
 use farm::artifact::ArtifactError;
 use farm::job::{Failure, FailureKind};
+use farm::latent::{self, LatentFile};
 use farm::spec::{self, Limits, MaskedContent, RenderSpec};
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 
@@ -51,7 +52,10 @@ impl Inputs {
 /// What a job starts from; `None`: from noise alone.
 pub(crate) async fn fetch(context: &Context, spec: &RenderSpec) -> Result<Option<InitImage>, NoInput> {
     let Some(spec::InitImage { key, strength, mask }) = &spec.init_image else { return Ok(None) };
-    let picture = picture(context, "init_image", key, spec).await?;
+    let content = match latent::is_latent(key) {
+        true => InitContent::Latent(Arc::new(latent(context, key).await?)),
+        false => InitContent::Picture(picture(context, "init_image", key, spec).await?),
+    };
     let mask = match mask {
         None => None,
         Some(mask) => {
@@ -63,7 +67,25 @@ pub(crate) async fn fetch(context: &Context, spec: &RenderSpec) -> Result<Option
             Some(engine::Mask { picture: Arc::new(engine::gray(&colours)), blur: mask.blur, content })
         }
     };
-    Ok(Some(InitImage { picture, strength: *strength, mask }))
+    // Where the job says where it begins, its strength is not read.
+    Ok(Some(InitImage { content, strength: strength.unwrap_or(1.0), mask }))
+}
+
+/// A latent, whose size the engine compares with the job's.
+async fn latent(context: &Context, key: &str) -> Result<engine::Latent, NoInput> {
+    let bytes = bytes(context, "init_image", key).await?;
+    let read = tokio::task::spawn_blocking(move || {
+        let LatentFile { channels, height, width, values } = LatentFile::read(&bytes)?;
+        let shape = [channels, height, width].map(|side| side as usize);
+        engine::Latent::new(values, shape).map_err(|error| error.to_string())
+    });
+    match read.await {
+        Ok(read) => read.map_err(|problem| {
+            let message = format!("`init_image` must be a latent in the artifact store: `{key}` {problem}");
+            Failure { kind: FailureKind::Invalid, message }.into()
+        }),
+        Err(panic) => Err(Failure { kind: FailureKind::Poison, message: format!("`init_image`: {panic}") }.into()),
+    }
 }
 
 async fn picture(context: &Context, field: &str, key: &str, spec: &RenderSpec) -> Result<Arc<RgbImage>, NoInput> {

@@ -5,6 +5,7 @@ mod recipe;
 mod support;
 
 mod flux;
+mod handed_over;
 mod init_images;
 mod inspect;
 mod layouts;
