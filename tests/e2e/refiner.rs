@@ -8,7 +8,7 @@ use farm::latent::LatentFile;
 use image::RgbImage;
 use serde_json::{Value, json};
 
-use crate::support::{Farm, kiln, repository, services};
+use crate::support::{Farm, eventually, kiln, repository, services};
 
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -67,11 +67,14 @@ async fn start() -> Farm {
     Farm::start_with(services().await, 1, &more).await
 }
 
-/// The jobs of a submission once `count` of them are in a state.
+/// The jobs of a submission once all of them are in a state.
 async fn jobs(farm: &Farm, jobs: Vec<Value>, state: &str) -> Vec<Value> {
-    let count = jobs.len();
+    let count = jobs.len() as u64;
     let submission = farm.client.submit(jobs).await;
-    farm.wait_for(&submission, state, count as u64, LIMIT).await;
+    eventually(&format!("{count} jobs are {state}"), LIMIT, || async {
+        (farm.client.counter(&submission, state).await == Some(count)).then_some(())
+    })
+    .await;
     let page = farm.client.get(&format!("/v1/jobs?submission_id={submission}&limit=1000")).await;
     page["jobs"].as_array().expect("a list of jobs").clone()
 }
@@ -101,7 +104,7 @@ async fn a_refiner_goes_on_from_the_latents_of_base_jobs_to_diffusers_pictures()
         let sidecar: Value = serde_json::from_slice(&bytes(&farm, base, "sidecar").await).expect("JSON");
         assert_eq!((&sidecar["image_key"], &sidecar["image_bytes"]), (&key.into(), &latent.len().into()));
         assert_eq!(sidecar["spec"]["options"]["denoising_end"], rows[&format!("{name}.base")]["denoising_end"]);
-        // A key of the farm's, an uploaded file and a data URL are the same to a job.
+        // A key of the farm's and an uploaded file are the same to a job.
         let init_image = match place {
             0 => farm.client.upload_as("application/safetensors", latent).await,
             _ => key.to_owned(),
@@ -164,7 +167,11 @@ async fn what_cannot_be_handed_over_is_refused_or_fails_with_the_reason() {
     let failing =
         vec![of(json!({"init_image": narrow})), late, of(json!({"init_image": "uploads/none.8x8.safetensors"}))];
     let failed = jobs(&farm, failing, "failed").await;
-    let reasons = ["a latent of 4 × 8 × 8, as the row's", "so little that of 10 steps", "there is no object"];
+    let reasons = [
+        "a latent of 4 × 8 × 8, as the row's",
+        "so little that of 10 steps",
+        "`init_image` must be a latent in the artifact store: there is no object",
+    ];
     for (job, reason) in failed.iter().zip(reasons) {
         let message = job["error"]["message"].as_str().expect("a message");
         assert!(message.contains(reason), "{message}");

@@ -80,10 +80,7 @@ async fn latent(context: &Context, key: &str) -> Result<engine::Latent, NoInput>
         engine::Latent::new(values, shape).map_err(|error| error.to_string())
     });
     match read.await {
-        Ok(read) => read.map_err(|problem| {
-            let message = format!("`init_image` must be a latent in the artifact store: `{key}` {problem}");
-            Failure { kind: FailureKind::Invalid, message }.into()
-        }),
+        Ok(read) => read.map_err(|problem| refused("init_image", key, format!("`{key}` {problem}")).into()),
         Err(panic) => Err(Failure { kind: FailureKind::Poison, message: format!("`init_image`: {panic}") }.into()),
     }
 }
@@ -104,15 +101,16 @@ async fn picture(context: &Context, field: &str, key: &str, spec: &RenderSpec) -
             context.inputs.remember(name, &picture);
             Ok(picture)
         }
-        Ok(Err(problem)) => Err(refused(field, format!("`{key}` {problem}")).into()),
+        Ok(Err(problem)) => Err(refused(field, key, format!("`{key}` {problem}")).into()),
         Err(panic) => Err(Failure { kind: FailureKind::Poison, message: format!("`{field}`: {panic}") }.into()),
     }
 }
 
-fn refused(field: &str, problem: String) -> Failure {
+fn refused(field: &str, key: &str, problem: String) -> Failure {
+    let kind = if latent::is_latent(key) { "latent" } else { "picture" };
     Failure {
         kind: FailureKind::Invalid,
-        message: format!("`{field}` must be a picture in the artifact store: {problem}"),
+        message: format!("`{field}` must be a {kind} in the artifact store: {problem}"),
     }
 }
 
@@ -124,12 +122,12 @@ async fn bytes(context: &Context, field: &str, key: &str) -> Result<Bytes, NoInp
             Ok(bytes) if bytes.len() <= context.limits.init_image_bytes => return Ok(bytes),
             Ok(bytes) => {
                 let (most, bytes) = (context.limits.init_image_bytes, bytes.len());
-                return Err(refused(field, format!("`{key}` has {bytes} bytes, more than {most}")).into());
+                return Err(refused(field, key, format!("`{key}` has {bytes} bytes, more than {most}")).into());
             }
             Err(error @ (ArtifactError::Unavailable(_) | ArtifactError::Full(_))) => {
                 tracing::warn!(worker.id = %context.id, %error, key, "an init image could not be fetched: trying again");
             }
-            Err(error) => return Err(refused(field, error.to_string()).into()),
+            Err(error) => return Err(refused(field, key, error.to_string()).into()),
         }
         if context.stop.run_until_cancelled(pause.rest()).await.is_none() {
             return Err(NoInput::Stopped);

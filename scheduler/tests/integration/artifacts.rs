@@ -89,6 +89,13 @@ async fn a_latent_is_stored_under_its_size_and_a_broken_one_refused() {
     assert_eq!((&stored["width"], &stored["height"]), (&3.into(), &2.into()));
     assert_eq!(stored["content_type"], "application/safetensors");
     assert_eq!(farm.artifacts.get(key).await.unwrap(), bytes);
+    // Within a job it is the same object, and the job has its size.
+    let url = format!("data:application/safetensors;base64,{}", STANDARD.encode(&bytes));
+    let job = json!({"prompt": "a", "init_image": url, "denoising_start": 0.8});
+    let accepted = farm.post("/v1/jobs", job).await.with_status(StatusCode::ACCEPTED).json;
+    let spec = farm.get(accepted["status_url"].as_str().unwrap()).await.json["spec"].clone();
+    assert_eq!((&spec["width"], &spec["height"]), (&24.into(), &16.into()));
+    assert_eq!(spec["init_image"], json!({ "key": key }));
     let broken = LatentFile { values: vec![f32::NAN; 24], ..latent }.write(BTreeMap::new());
     let (field, limit, value) = upload(&farm, "application/octet-stream", broken).await.problem(422);
     assert_eq!(
