@@ -44,7 +44,7 @@ fn picture(name: &str) -> RgbImage {
 
 /// The rows that diffusers made, by the name of what they end in.
 fn rows() -> BTreeMap<String, Value> {
-    let list = std::fs::read_to_string(fixtures().join("pictures/handed_over.json")).expect("a list of rows");
+    let list = std::fs::read_to_string(fixtures().join("handed_over.json")).expect("a list of rows");
     let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
     let name = |row: &Value| row["file"].as_str().or(row["latent"].as_str()).expect("a name").to_owned();
     list.into_iter().map(|row| (name(&row), row)).collect()

@@ -35,7 +35,7 @@ impl Part {
 }
 
 fn parts() -> Vec<Part> {
-    let list = std::fs::read_to_string(fixtures().join("pictures/handed_over.json")).unwrap();
+    let list = std::fs::read_to_string(fixtures().join("handed_over.json")).unwrap();
     serde_json::from_str(&list).unwrap()
 }
 
