@@ -156,11 +156,11 @@ pub struct ClaimedJob {
 pub struct Finished {
     /// The lease it was rendered under.
     pub lease: Lease,
-    /// Object key of the PNG.
+    /// Object key of the PNG, or of the latent.
     pub image_key: String,
     /// Object key of the JSON sidecar.
     pub sidecar_key: String,
-    /// SHA-256 of the PNG, hex.
+    /// SHA-256 of that object, hex.
     pub sha256: String,
     /// From joining the batch to the decoded image.
     pub render_time: Duration,
@@ -231,11 +231,11 @@ pub struct JobView {
     pub attempts: u32,
     /// The worker that holds or held it last.
     pub worker: Option<WorkerId>,
-    /// Object key of the image, once done.
+    /// Object key of the image, once done; of the latent where the job ends in one.
     pub image_key: Option<String>,
     /// Object key of the JSON sidecar, once done.
     pub sidecar_key: Option<String>,
-    /// SHA-256 of the PNG, once done.
+    /// SHA-256 of the PNG or the latent, once done.
     pub sha256: Option<String>,
     /// The last failure, if any attempt failed.
     pub error: Option<Failure>,

@@ -140,8 +140,17 @@ pub struct RenderRequest {
     /// Stable Diffusion 3: guidance away from what the denoiser predicts without some layers. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
+    /// Stable Diffusion XL: the share of the way from noise, above 0 and below 1, that lies behind the init image: the
+    /// job begins there, without noise, and has no `strength`. Default: the strength says where it begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoising_start: Option<f64>,
+    /// Stable Diffusion XL: the share of the way from noise, above 0 and below 1, after which the job ends. What it
+    /// makes is then a latent, which another job may start from. Default: the whole way, to a picture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoising_end: Option<f64>,
     /// A picture to start from: a key that `POST /v1/artifacts` answered, a data URL of a PNG, JPEG or WebP, or an
-    /// `s3://` address in the farm's bucket. Resized to the job's size.
+    /// `s3://` address in the farm's bucket. Resized to the job's size. Stable Diffusion XL: or a latent, in the same
+    /// forms, which the job takes its size from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_image: Option<String>,
     /// What of the init image is painted anew: white is, black stays. In the same forms.
@@ -193,7 +202,7 @@ pub struct RenderSpec {
     /// What only some families read.
     #[serde(default, skip_serializing_if = "FamilyOptions::are_default")]
     pub options: FamilyOptions,
-    /// A picture to start from; absent: from noise alone.
+    /// A picture or a latent to start from; absent: from noise alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_image: Option<InitImage>,
     /// The lane.
@@ -230,7 +239,7 @@ pub struct Limits {
     pub submission_jobs: u64,
     /// Bytes of a JSON body (streamed JSON Lines are bounded a line at a time by this).
     pub body_bytes: usize,
-    /// Bytes of an init image or mask as it is sent.
+    /// Bytes of an init image, mask or latent as it is sent.
     pub init_image_bytes: usize,
     /// Pixels of an init image or mask, looked at before it is decoded.
     pub init_image_pixels: u64,

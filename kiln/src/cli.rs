@@ -74,6 +74,7 @@ pub struct ApiArgs {
   kiln render \"a small cyan ring\" --seed 7 --steps 25 --sampler euler --out ring.png
   kiln render \"a blue heart above a green square on a white background\" --count 8 --out hearts/
   kiln render \"a red star\" --init photo.jpg --mask sky.png --strength 0.6
+  kiln render \"a lighthouse\" --model ./sdxl-base --refiner ./sdxl-refiner --switch-at 0.8
   kiln render \"a lighthouse at dusk\" --model ./stable-diffusion-v1-5 --dtype f16
 
 Without --model it draws with the demo checkpoint, which knows coloured shapes on coloured backgrounds.
@@ -108,7 +109,19 @@ pub struct RenderArgs {
     /// Height in pixels [default: the checkpoint's]
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub height: Option<i64>,
-    /// A picture to start from: PNG, JPEG or WebP
+    /// A second checkpoint that goes on where the first one ends, as Stable Diffusion XL's refiner does
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["denoising_start", "denoising_end"])]
+    pub refiner: Option<String>,
+    /// The share of the way from noise after which the refiner takes over, above 0 and below 1
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, default_value_t = 0.8, requires = "refiner")]
+    pub switch_at: f64,
+    /// The share of the way from noise that lies behind the init image, above 0 and below 1; in place of a strength
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, requires = "init", conflicts_with = "strength")]
+    pub denoising_start: Option<f64>,
+    /// End after this share of the way from noise, above 0 and below 1: with a latent in place of a picture
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub denoising_end: Option<f64>,
+    /// A picture to start from: PNG, JPEG or WebP; or a latent (.safetensors) that --denoising-end made
     #[arg(long, value_name = "FILE")]
     pub init: Option<PathBuf>,
     /// What of the init image is painted anew: white is, black stays
@@ -132,7 +145,7 @@ pub struct RenderArgs {
     /// cpu, cuda, cuda:N or metal [default: the best there is]
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Where to put the pictures: FILE.png for one, a folder for many
+    /// Where to put the pictures: FILE.png for one (FILE.safetensors for a latent), a folder for many
     #[arg(long, value_name = "PATH", default_value = "kiln-out")]
     pub out: PathBuf,
     /// Print a JSON object with the pictures' paths, seeds and settings
@@ -254,7 +267,8 @@ pub struct StatusArgs {
   kiln fetch SUBMISSION --out pictures
   kiln fetch SUBMISSION --out pictures          again: brings only what is missing or damaged
 
-Each picture NUMBER-SEED.png comes with NUMBER-SEED.json, which holds its prompt and settings.")]
+Each picture NUMBER-SEED.png (or latent NUMBER-SEED.safetensors) comes with NUMBER-SEED.json, which holds its prompt
+and settings.")]
 pub struct FetchArgs {
     /// The submission's id
     pub submission: String,

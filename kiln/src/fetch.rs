@@ -120,7 +120,8 @@ fn done_jobs(client: &Client, id: SubmissionId) -> impl Stream<Item = Result<Job
 async fn fetch_one(client: &Client, job: &JobView, folder: &Path) -> Result<Outcome> {
     let about = || format!("job {} ({})", job.index, job.job_id);
     let name = format!("{:06}-{}", job.index, job.spec.seed);
-    let (picture, sidecar) = (folder.join(format!("{name}.png")), folder.join(format!("{name}.json")));
+    let extension = output::extension_of(job.image_key.as_deref().unwrap_or_default());
+    let (picture, sidecar) = (folder.join(format!("{name}.{extension}")), folder.join(format!("{name}.json")));
     let expected = job.sha256.as_deref().with_context(about)?;
     let whole = is_whole(&picture, expected).await;
     // The sidecar comes first: a picture that is there has its sidecar.

@@ -33,6 +33,7 @@ mod embedded;
 mod output;
 mod ports;
 mod progress;
+mod requests;
 mod shutdown;
 mod stdout;
 

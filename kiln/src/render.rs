@@ -3,16 +3,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use farm::catalog::{Catalog, ModelConfig};
 use farm::config::Config;
 use farm::id::{JobId, SubmissionId};
-use farm::job::{Counters, JobView, Lane};
+use farm::job::{Counters, JobView};
 use farm::message::Progress;
 use farm::spec::{RenderRequest, RenderSpec};
 use futures_util::StreamExt;
@@ -26,8 +26,9 @@ use worker::resolve::resolve;
 use crate::cli::RenderArgs;
 use crate::client::Client;
 use crate::embedded::Farm;
-use crate::output::{Target, write_whole};
+use crate::output::{LATENT, PICTURE, Target, write_whole};
 use crate::ports::Ports;
+use crate::requests::{refined, requests, with_pictures};
 use crate::{catalog, progress, shutdown, stdout};
 
 /// Jobs asked for at once.
@@ -40,20 +41,15 @@ const WATCHED: usize = 64;
 const LOOK: Duration = Duration::from_millis(60);
 const LOOK_MAX: Duration = Duration::from_secs(2);
 
-/// A finished picture on this machine.
-struct Picture {
-    path: PathBuf,
-    job: JobView,
-}
-
 /// Renders, writes, prints where.
 pub async fn run(mut config: Config, args: RenderArgs, stop: CancellationToken) -> Result<ExitCode> {
     config.worker.device = args.device.clone().or(config.worker.device);
     config.worker.dtype = args.dtype.clone().or(config.worker.dtype);
     config.check().context("the command line is not right")?;
-    let catalog = catalog_for(&mut config, args.model.as_deref(), &stop).await?;
+    let catalog = catalog_for(&mut config, &args, &stop).await?;
     let requests = requests(&args, &config, &catalog)?;
-    let target = Target::prepare(&args.out, args.count)?;
+    let extension = if args.denoising_end.is_some() { LATENT } else { PICTURE };
+    let target = Target::prepare(&args.out, args.count, extension)?;
 
     let temporary = tempfile::tempdir().context("a temporary folder cannot be made")?;
     privatise(&mut config, temporary.path());
@@ -63,94 +59,51 @@ pub async fn run(mut config: Config, args: RenderArgs, stop: CancellationToken) 
     let client = Client::at(format!("http://{}", farm.address), None)?;
 
     let requests = with_pictures(&client, &args, requests).await?;
-    let mut session = Session::submit(client, &ports, target, requests).await?;
-    let outcome = tokio::select! {
-        outcome = session.follow() => outcome.map(|()| false),
-        error = farm.broken() => Err(error),
-        () = stop.cancelled() => Ok(true),
-    };
-    session.bar.finish_and_clear();
-    session.print(args.json)?;
-    if outcome? {
-        eprintln!("kiln: interrupted");
-        return Ok(shutdown::interrupted());
+    let (mut requests, mut failed) = (requests, false);
+    if let Some(model) = &args.refiner {
+        let mut base = Session::submit(client.clone(), &ports, None, requests).await?;
+        if base.run(&mut farm, &stop).await? == Ended::Interrupted {
+            return Ok(shutdown::interrupted());
+        }
+        failed = base.report_failures().await?;
+        requests = base.done.values().map(|job| refined(&args, model, job)).collect();
     }
-    let failed = session.report_failures().await?;
+    if !requests.is_empty() {
+        let mut session = Session::submit(client, &ports, Some(target), requests).await?;
+        let ended = session.run(&mut farm, &stop).await;
+        session.print(args.json)?;
+        if ended? == Ended::Interrupted {
+            return Ok(shutdown::interrupted());
+        }
+        failed |= session.report_failures().await?;
+    }
     farm.stop().await?;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The catalog, with the checkpoint that the command line names as its default. One from the hub is
-/// downloaded first, so that its own files say what its defaults are.
-async fn catalog_for(config: &mut Config, model: Option<&str>, stop: &CancellationToken) -> Result<Catalog> {
-    let known = catalog::build(config).await?;
-    let Some(model) = model else { return Ok(known) };
-    if known.find(Some(model)).is_err() {
+/// The catalog, with the checkpoints that the command line names, the first of them as its default. Those from the hub
+/// are downloaded first, so that their own files say what their defaults are.
+async fn catalog_for(config: &mut Config, args: &RenderArgs, stop: &CancellationToken) -> Result<Catalog> {
+    for (option, model) in [("--model", &args.model), ("--refiner", &args.refiner)] {
+        let Some(model) = model else { continue };
+        let known = catalog::build(config).await?;
+        if known.find(Some(model)).is_ok() {
+            continue;
+        }
         let names: Vec<_> = known.models().map(|(name, _)| name).collect();
         let spinner = progress::spinner(&format!("looking for {model}"));
         resolve(model, &config.worker, stop).await.with_context(|| {
             format!(
-                "--model must be one of {}, a folder, a file or a hub id; `{model}` was not found",
+                "{option} must be one of {}, a folder, a file or a hub id; `{model}` was not found",
                 names.join(", ")
             )
         })?;
         spinner.finish_and_clear();
-        let entry = ModelConfig { source: model.to_owned(), ..ModelConfig::default() };
-        config.models.insert(model.to_owned(), entry);
+        let entry = ModelConfig { source: model.clone(), ..ModelConfig::default() };
+        config.models.insert(model.clone(), entry);
     }
-    config.default_model = Some(model.to_owned());
+    config.default_model = args.model.clone().or(config.default_model.take());
     catalog::build(config).await
-}
-
-/// A request for each picture, the first of them checked (they differ in their seeds alone).
-fn requests(args: &RenderArgs, config: &Config, catalog: &Catalog) -> Result<Vec<RenderRequest>> {
-    // Short enough to be typed again.
-    let drawn = || i64::from(Uuid::new_v4().as_fields().0);
-    let first = args.seed.unwrap_or_else(drawn);
-    let Some(last) = first.checked_add(i64::from(args.count) - 1) else {
-        bail!("--seed must leave room for {} seeds, but is {first}", args.count);
-    };
-    let request = RenderRequest {
-        prompt: Some(args.prompt.clone()),
-        negative_prompt: args.negative.clone(),
-        width: args.width,
-        height: args.height,
-        steps: args.steps,
-        guidance_scale: args.guidance,
-        sampler: args.sampler.clone(),
-        schedule: args.schedule.clone(),
-        seed: Some(first),
-        lane: Some(Lane::Interactive.as_str().to_owned()),
-        ..RenderRequest::default()
-    };
-    let _valid: RenderSpec = request.clone().validate(catalog, &config.limits, Lane::Interactive, || 0)?;
-    Ok((first..=last).map(|seed| RenderRequest { seed: Some(seed), ..request.clone() }).collect())
-}
-
-/// The requests with the init image and the mask that the command line names, which the farm has by then.
-async fn with_pictures(client: &Client, args: &RenderArgs, requests: Vec<RenderRequest>) -> Result<Vec<RenderRequest>> {
-    let send = async |option: &str, path: &Path| -> Result<String> {
-        let bytes = tokio::fs::read(path)
-            .await
-            .with_context(|| format!("{option} must be a picture, but `{}` cannot be read", path.display()))?;
-        let stored = client.upload(bytes.into()).await;
-        Ok(stored.with_context(|| format!("{option} `{}` was not taken", path.display()))?.key)
-    };
-    let Some(init) = &args.init else { return Ok(requests) };
-    let init = send("--init", init).await?;
-    let mask = match &args.mask {
-        Some(mask) => Some(send("--mask", mask).await?),
-        None => None,
-    };
-    let given = RenderRequest {
-        init_image: Some(init),
-        mask_image: mask,
-        strength: args.strength,
-        mask_blur: args.mask_blur,
-        masked_content: args.masked_content.clone(),
-        ..RenderRequest::default()
-    };
-    Ok(requests.into_iter().map(|request| request.or(&given)).collect())
 }
 
 /// Turns the configuration into one for a farm that nobody else can see and that leaves nothing behind.
@@ -165,19 +118,33 @@ fn privatise(config: &mut Config, folder: &Path) {
     config.scheduler.max_attempts = 1;
 }
 
+/// How a session ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Finished,
+    Interrupted,
+}
+
 /// One submission to the private farm.
 struct Session {
     client: Client,
     id: SubmissionId,
-    target: Target,
-    pictures: BTreeMap<u64, Picture>,
+    /// Where its pictures go; `None`: they stay in the farm, for others to go on from.
+    target: Option<Target>,
+    /// Jobs that are done, by their place, and fetched.
+    done: BTreeMap<u64, JobView>,
     bar: ProgressBar,
     look: Duration,
     watcher: tokio::task::JoinHandle<()>,
 }
 
 impl Session {
-    async fn submit(client: Client, ports: &Ports, target: Target, requests: Vec<RenderRequest>) -> Result<Self> {
+    async fn submit(
+        client: Client,
+        ports: &Ports,
+        target: Option<Target>,
+        requests: Vec<RenderRequest>,
+    ) -> Result<Self> {
         let count = requests.len();
         let body = serde_json::to_vec(&serde_json::json!({ "jobs": requests }))?;
         let key = Uuid::new_v4().to_string();
@@ -187,7 +154,21 @@ impl Session {
         let jobs = client.jobs(accepted.submission_id, None, None, PAGE).await?;
         let watcher = tokio::spawn(move_bar(ports.clone(), jobs, count, bar.clone()));
         let look = (LOOK * u32::try_from(count.div_ceil(16)).unwrap_or(u32::MAX)).min(LOOK_MAX);
-        Ok(Self { client, id: accepted.submission_id, target, pictures: BTreeMap::new(), bar, look, watcher })
+        Ok(Self { client, id: accepted.submission_id, target, done: BTreeMap::new(), bar, look, watcher })
+    }
+
+    /// Follows the jobs to their end, unless somebody interrupts.
+    async fn run(&mut self, farm: &mut Farm, stop: &CancellationToken) -> Result<Ended> {
+        let outcome = tokio::select! {
+            outcome = self.follow() => outcome.map(|()| Ended::Finished),
+            error = farm.broken() => Err(error),
+            () = stop.cancelled() => Ok(Ended::Interrupted),
+        };
+        self.bar.finish_and_clear();
+        if let Ok(Ended::Interrupted) = outcome {
+            eprintln!("kiln: interrupted");
+        }
+        outcome
     }
 
     /// Writes pictures as they are finished, until all are.
@@ -213,12 +194,14 @@ impl Session {
             let more = jobs.len() == PAGE as usize;
             after = jobs.last().map(|job| job.job_id);
             for job in jobs {
-                if !self.pictures.contains_key(&job.index) {
-                    let bytes = self.client.image(job.job_id).await?;
-                    let path = self.target.path(job.index, job.spec.seed);
-                    write_whole(&path, &bytes)?;
-                    self.pictures.insert(job.index, Picture { path, job });
+                if self.done.contains_key(&job.index) {
+                    continue;
                 }
+                if let Some(target) = &self.target {
+                    let bytes = self.client.image(job.job_id).await?;
+                    write_whole(&target.path(job.index, job.spec.seed), &bytes)?;
+                }
+                self.done.insert(job.index, job);
             }
             if !more {
                 return Ok(());
@@ -227,13 +210,14 @@ impl Session {
     }
 
     fn print(&self, json: bool) -> Result<()> {
+        let Some(target) = &self.target else { return Ok(()) };
+        let written = self.done.values().map(|job| (target.path(job.index, job.spec.seed), job));
         if json {
-            let images: Vec<_> = self.pictures.values().map(Picture::describe).collect();
-            stdout::line(serde_json::json!({ "images": images }))?;
-        } else {
-            for picture in self.pictures.values() {
-                stdout::line(picture.path.display())?;
-            }
+            let images: Vec<_> = written.map(|(path, job)| describe(&path, job)).collect();
+            return stdout::line(serde_json::json!({ "images": images }));
+        }
+        for (path, _) in written {
+            stdout::line(path.display())?;
         }
         Ok(())
     }
@@ -247,7 +231,7 @@ impl Session {
             *told.entry(message).or_insert(0u32) += 1;
         }
         for (message, count) in &told {
-            eprintln!("kiln: {count} of {} pictures failed: {message}", failed.len() + self.pictures.len());
+            eprintln!("kiln: {count} of {} pictures failed: {message}", failed.len() + self.done.len());
         }
         Ok(!failed.is_empty())
     }
@@ -259,28 +243,34 @@ impl Drop for Session {
     }
 }
 
-impl Picture {
-    fn describe(&self) -> serde_json::Value {
-        let RenderSpec {
-            model,
-            prompt,
-            negative_prompt,
-            width,
-            height,
-            steps,
-            guidance_scale,
-            sampler,
-            schedule,
-            seed,
-            init_image,
-            ..
-        } = &self.job.spec;
-        serde_json::json!({
-            "path": self.path, "model": model, "prompt": prompt, "negative_prompt": negative_prompt, "width": width,
-            "height": height, "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "schedule": schedule,
-            "seed": seed, "init_image": init_image, "sha256": self.job.sha256, "render_ms": self.job.render_ms,
-        })
+/// A picture on this machine, in JSON.
+fn describe(path: &Path, job: &JobView) -> serde_json::Value {
+    let RenderSpec {
+        model,
+        prompt,
+        negative_prompt,
+        width,
+        height,
+        steps,
+        guidance_scale,
+        sampler,
+        schedule,
+        seed,
+        init_image,
+        options,
+        ..
+    } = &job.spec;
+    let mut picture = serde_json::json!({
+        "path": path, "model": model, "prompt": prompt, "negative_prompt": negative_prompt, "width": width,
+        "height": height, "steps": steps, "guidance_scale": guidance_scale, "sampler": sampler, "schedule": schedule,
+        "seed": seed, "init_image": init_image, "sha256": job.sha256, "render_ms": job.render_ms,
+    });
+    for (name, share) in [("denoising_start", options.denoising_start), ("denoising_end", options.denoising_end)] {
+        if let Some(share) = share {
+            picture[name] = share.into();
+        }
     }
+    picture
 }
 
 /// Moves the bar with the news of the jobs, step by step.

@@ -1,4 +1,4 @@
-//! Init images and masks as clients send them: looked at before anything is decoded, named by what they hold, and
+//! Init images, masks and latents as clients send them: looked at before anything is decoded, named by what they hold, and
 //! stored before the job that names them.
 
 use std::collections::HashMap;
@@ -8,6 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use farm::artifact::{self, ArtifactKey, ArtifactStore, UploadFormat};
+use farm::latent::LatentFile;
 use farm::spec::{Limits, RenderRequest, ValidationError};
 use image::{ImageFormat, ImageReader};
 use serde_json::Value;
@@ -19,7 +20,7 @@ use crate::submission::{SubmissionRequest, SweepValues};
 /// The fields that hold pictures.
 const FIELDS: [&str; 2] = ["init_image", "mask_image"];
 
-/// A picture that may be stored.
+/// What may be stored for jobs to start from.
 #[derive(Clone, Debug)]
 pub(crate) struct Upload {
     pub(crate) sha256: String,
@@ -30,25 +31,11 @@ pub(crate) struct Upload {
 }
 
 impl Upload {
-    /// A picture within the limits. Only its header is read.
+    /// A picture or a latent within the limits. Only a picture's header is read.
     pub(crate) fn check(field: &str, bytes: Bytes, limits: &Limits) -> Result<Self, ValidationError> {
         check_bytes(field, bytes.len(), limits)?;
-        let kinds = "a PNG, JPEG or WebP picture";
-        let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format();
-        let reader = reader.map_err(|error| refuse(field, kinds, format!("bytes that cannot be read: {error}")))?;
-        let format = match reader.format() {
-            Some(ImageFormat::Png) => UploadFormat::Png,
-            Some(ImageFormat::Jpeg) => UploadFormat::Jpeg,
-            Some(ImageFormat::WebP) => UploadFormat::Webp,
-            _ => return Err(refuse(field, kinds, "something else")),
-        };
-        let size = reader.into_dimensions();
-        let (width, height) = size.map_err(|error| refuse(field, kinds, format!("a broken one: {error}")))?;
-        let pixels = u64::from(width) * u64::from(height);
-        if pixels == 0 || pixels > limits.init_image_pixels {
-            let limit = format!("a picture of 1 to {} pixels", limits.init_image_pixels);
-            return Err(refuse(field, limit, format!("{width} × {height}")));
-        }
+        let (format, width, height) =
+            if LatentFile::is_one(&bytes) { latent(field, &bytes)? } else { picture(field, &bytes, limits)? };
         let digest = Sha256::digest(&bytes);
         let sha256 = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { sha256, format, bytes, width, height })
@@ -58,6 +45,35 @@ impl Upload {
     pub(crate) fn key(&self) -> ArtifactKey {
         ArtifactKey::Upload { sha256: self.sha256.clone(), format: self.format }
     }
+}
+
+/// What a picture is, and its pixels.
+fn picture(field: &str, bytes: &Bytes, limits: &Limits) -> Result<(UploadFormat, u32, u32), ValidationError> {
+    let kinds = "a PNG, JPEG or WebP picture";
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+    let reader = reader.map_err(|error| refuse(field, kinds, format!("bytes that cannot be read: {error}")))?;
+    let format = match reader.format() {
+        Some(ImageFormat::Png) => UploadFormat::Png,
+        Some(ImageFormat::Jpeg) => UploadFormat::Jpeg,
+        Some(ImageFormat::WebP) => UploadFormat::Webp,
+        _ => return Err(refuse(field, kinds, "something else")),
+    };
+    let size = reader.into_dimensions();
+    let (width, height) = size.map_err(|error| refuse(field, kinds, format!("a broken one: {error}")))?;
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels == 0 || pixels > limits.init_image_pixels {
+        let limit = format!("a picture of 1 to {} pixels", limits.init_image_pixels);
+        return Err(refuse(field, limit, format!("{width} × {height}")));
+    }
+    Ok((format, width, height))
+}
+
+/// A latent's values.
+fn latent(field: &str, bytes: &Bytes) -> Result<(UploadFormat, u32, u32), ValidationError> {
+    let kinds = "a PNG, JPEG or WebP picture, or a latent (a safetensors file)";
+    let read = LatentFile::read(bytes).map_err(|problem| refuse(field, kinds, format!("a file that {problem}")))?;
+    let (width, height) = (read.width, read.height);
+    Ok((UploadFormat::Latent { width, height }, width, height))
 }
 
 fn check_bytes(field: &str, bytes: usize, limits: &Limits) -> Result<(), ValidationError> {

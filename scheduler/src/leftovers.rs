@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use farm::artifact::{ArtifactKey, SharedArtifacts};
+use farm::artifact::{self, SharedArtifacts};
 use farm::clock::Clock;
 use farm::store::{Leftover, SharedStore};
 use futures_util::StreamExt;
@@ -69,12 +69,7 @@ impl Sweep for LeftoverSweeper {
 impl LeftoverSweeper {
     async fn delete(&self, leftover: &Leftover) -> anyhow::Result<()> {
         let Leftover { submission_id, job_id, attempt } = *leftover;
-        for key in [
-            ArtifactKey::Image { submission_id, job_id, attempt },
-            ArtifactKey::Sidecar { submission_id, job_id, attempt },
-        ] {
-            self.artifacts.delete(&key.path()).await?;
-        }
+        artifact::delete_attempt(self.artifacts.as_ref(), submission_id, job_id, attempt).await?;
         Ok(())
     }
 }

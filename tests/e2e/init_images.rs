@@ -4,7 +4,7 @@ use std::io::Cursor;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest};
+use engine::{Checkpoint, Device, DeviceChoice, InitContent, InitImage, Mask, MaskedContent, Precision, RowRequest};
 use image::{GrayImage, ImageFormat, Luma, Rgb, RgbImage};
 use serde_json::{Value, json};
 
@@ -63,7 +63,7 @@ async fn uploaded_pictures_and_masks_are_rendered_among_other_jobs_as_the_engine
     let page = farm.client.get(&format!("/v1/jobs?submission_id={submission}")).await;
     let rendered = page["jobs"].as_array().expect("a list of jobs");
     let painted = |blur, content| Some(Mask { picture: Arc::new(mask()), blur, content });
-    let init = |strength, mask| Some(InitImage { picture: Arc::new(scene()), strength, mask });
+    let init = |strength, mask| Some(InitImage { content: InitContent::Picture(Arc::new(scene())), strength, mask });
     let expected = [
         None,
         init(0.5, None),

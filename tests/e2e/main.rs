@@ -10,4 +10,5 @@ mod command_line;
 mod families;
 mod faults;
 mod init_images;
+mod refiner;
 mod throughput;

@@ -6,14 +6,15 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use farm::artifact::{ArtifactError, ArtifactKey};
+use farm::artifact::{self, ArtifactError, ArtifactKey};
 use farm::id::JobId;
 use farm::job::{Failure, FailureKind, Finished};
+use farm::latent::LatentFile;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, mpsc};
 
 use crate::context::{Backoff, Context};
-use crate::device::Rendered;
+use crate::device::{Output, Rendered};
 use crate::holdings::{Held, Stage};
 use crate::picture::{self, BatchSeen, Provenance, Sidecar, Timings, milliseconds};
 use crate::settle;
@@ -76,13 +77,13 @@ impl Delivery {
     }
 
     async fn store_objects(&self, held: &Held, rendered: Rendered) -> Result<Finished, Stop> {
-        let [image_key, sidecar_key] = keys(held);
+        let [image_key, sidecar_key] = keys(held, &rendered.output);
         let render_time = rendered.denoise + rendered.decode;
         let mut sidecar = self.describe(held, &rendered);
-        let png = self.encode(rendered, &mut sidecar).await?;
+        let object = self.encode(rendered, &mut sidecar).await?;
         self.check_wanted(held)?;
         let started = Instant::now();
-        self.put(held, &image_key, png).await?;
+        self.put(held, &image_key, object).await?;
         // After the image: what it took to store it is in there.
         sidecar.timings.upload_ms = milliseconds(started.elapsed());
         let json = serde_json::to_vec_pretty(&sidecar).map_err(|error| failed(FailureKind::Retryable, error))?;
@@ -110,7 +111,7 @@ impl Delivery {
                 dtype: self.context.dtype.clone(),
             },
             worker: self.context.id.clone(),
-            image_key: keys(held)[0].path(),
+            image_key: keys(held, &rendered.output)[0].path(),
             image_bytes: 0,
             sha256: String::new(),
             rendered_at: self.context.clock.now(),
@@ -132,18 +133,21 @@ impl Delivery {
         let started = Instant::now();
         let provenance = sidecar.provenance.clone();
         let encode = move || {
-            let png = picture::encode(&rendered.image, &provenance)?;
-            let hash = Sha256::digest(&png).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-            anyhow::Ok((Bytes::from(png), hash))
+            let object = match &rendered.output {
+                Output::Picture(image) => picture::encode(image, &provenance)?,
+                Output::Latent(latent) => picture::encode_latent(latent, &provenance)?,
+            };
+            let hash = Sha256::digest(&object).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            anyhow::Ok((Bytes::from(object), hash))
         };
         let encoded = tokio::task::spawn_blocking(encode).await;
-        let (png, hash) = encoded
+        let (object, hash) = encoded
             .map_err(|error| failed(FailureKind::Poison, error))?
-            .map_err(|error| failed(FailureKind::Poison, format!("writing the PNG: {error:#}")))?;
+            .map_err(|error| failed(FailureKind::Poison, format!("writing the picture: {error:#}")))?;
         sidecar.sha256 = hash;
-        sidecar.image_bytes = png.len() as u64;
+        sidecar.image_bytes = object.len() as u64;
         sidecar.timings.encode_ms = milliseconds(started.elapsed());
-        Ok(png)
+        Ok(object)
     }
 
     /// Stores an object. While the artifact store is away or full, tries again for as long as the job is
@@ -189,17 +193,24 @@ fn accepted_at(job: JobId) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp(i64::try_from(seconds).ok()?, nanoseconds)
 }
 
-fn keys(held: &Held) -> [ArtifactKey; 2] {
+/// The keys of what a job has become and of its sidecar.
+fn keys(held: &Held, output: &Output) -> [ArtifactKey; 2] {
     let (submission_id, job_id, attempt) = (held.lease.submission_id, held.lease.job_id, held.lease.attempt);
-    [ArtifactKey::Image { submission_id, job_id, attempt }, ArtifactKey::Sidecar { submission_id, job_id, attempt }]
+    let object = match output {
+        Output::Picture(_) => ArtifactKey::Image { submission_id, job_id, attempt },
+        Output::Latent(LatentFile { width, height, .. }) => {
+            ArtifactKey::Latent { submission_id, job_id, attempt, width: *width, height: *height }
+        }
+    };
+    [object, ArtifactKey::Sidecar { submission_id, job_id, attempt }]
 }
 
 /// The store's sweep of leftovers deletes what cannot be deleted now.
 async fn delete_objects(context: &Context, held: &Held) {
-    for key in keys(held) {
-        if let Err(error) = context.artifacts.delete(&key.path()).await {
-            tracing::warn!(job.id = %held.lease.job_id, %error, "an object of a lost attempt is left behind");
-        }
+    let lease = &held.lease;
+    let artifacts = context.artifacts.as_ref();
+    if let Err(error) = artifact::delete_attempt(artifacts, lease.submission_id, lease.job_id, lease.attempt).await {
+        tracing::warn!(job.id = %lease.job_id, %error, "objects of a lost attempt are left behind");
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use engine::InitImage;
 use farm::id::JobId;
 use farm::job::Failure;
+use farm::latent::LatentFile;
 use farm::spec::RenderSpec;
 use image::RgbImage;
 use tokio::sync::{mpsc, oneshot};
@@ -36,17 +37,25 @@ pub(crate) enum Event {
     Joined(JobId),
     /// The row has made a step.
     Stepped { job_id: JobId, step: u32, total: u32 },
-    /// The row is a picture.
+    /// The row is a picture, or the latent that it was to become.
     Rendered(Box<Rendered>),
     /// The row failed alone.
     Failed(JobId, Failure),
 }
 
-/// A picture and how it came about.
+/// What a row has become.
+#[derive(Debug)]
+pub(crate) enum Output {
+    Picture(RgbImage),
+    /// Its job ends in the middle of the way from noise.
+    Latent(LatentFile),
+}
+
+/// A picture (or a latent) and how it came about.
 #[derive(Debug)]
 pub(crate) struct Rendered {
     pub(crate) job_id: JobId,
-    pub(crate) image: RgbImage,
+    pub(crate) output: Output,
     /// From arriving at the device to joining a batch.
     pub(crate) wait: Duration,
     /// From joining to the last step.

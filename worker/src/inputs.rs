@@ -1,4 +1,4 @@
-//! Pictures that jobs start from: fetched, decoded and brought to the job's size beside the device, before the row
+//! Pictures and latents that jobs start from: fetched, decoded and brought to the job's size beside the device, before the row
 //! goes there.
 
 use std::collections::HashMap;
@@ -6,9 +6,10 @@ use std::io::Cursor;
 use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
-use engine::InitImage;
+use engine::{InitContent, InitImage};
 use farm::artifact::ArtifactError;
 use farm::job::{Failure, FailureKind};
+use farm::latent::{self, LatentFile};
 use farm::spec::{self, Limits, MaskedContent, RenderSpec};
 use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 
@@ -51,7 +52,10 @@ impl Inputs {
 /// What a job starts from; `None`: from noise alone.
 pub(crate) async fn fetch(context: &Context, spec: &RenderSpec) -> Result<Option<InitImage>, NoInput> {
     let Some(spec::InitImage { key, strength, mask }) = &spec.init_image else { return Ok(None) };
-    let picture = picture(context, "init_image", key, spec).await?;
+    let content = match latent::is_latent(key) {
+        true => InitContent::Latent(Arc::new(latent(context, key).await?)),
+        false => InitContent::Picture(picture(context, "init_image", key, spec).await?),
+    };
     let mask = match mask {
         None => None,
         Some(mask) => {
@@ -63,7 +67,22 @@ pub(crate) async fn fetch(context: &Context, spec: &RenderSpec) -> Result<Option
             Some(engine::Mask { picture: Arc::new(engine::gray(&colours)), blur: mask.blur, content })
         }
     };
-    Ok(Some(InitImage { picture, strength: *strength, mask }))
+    // Where the job says where it begins, its strength is not read.
+    Ok(Some(InitImage { content, strength: strength.unwrap_or(1.0), mask }))
+}
+
+/// A latent, whose size the engine compares with the job's.
+async fn latent(context: &Context, key: &str) -> Result<engine::Latent, NoInput> {
+    let bytes = bytes(context, "init_image", key).await?;
+    let read = tokio::task::spawn_blocking(move || {
+        let LatentFile { channels, height, width, values } = LatentFile::read(&bytes)?;
+        let shape = [channels, height, width].map(|side| side as usize);
+        engine::Latent::new(values, shape).map_err(|error| error.to_string())
+    });
+    match read.await {
+        Ok(read) => read.map_err(|problem| refused("init_image", key, format!("`{key}` {problem}")).into()),
+        Err(panic) => Err(Failure { kind: FailureKind::Poison, message: format!("`init_image`: {panic}") }.into()),
+    }
 }
 
 async fn picture(context: &Context, field: &str, key: &str, spec: &RenderSpec) -> Result<Arc<RgbImage>, NoInput> {
@@ -82,15 +101,16 @@ async fn picture(context: &Context, field: &str, key: &str, spec: &RenderSpec) -
             context.inputs.remember(name, &picture);
             Ok(picture)
         }
-        Ok(Err(problem)) => Err(refused(field, format!("`{key}` {problem}")).into()),
+        Ok(Err(problem)) => Err(refused(field, key, format!("`{key}` {problem}")).into()),
         Err(panic) => Err(Failure { kind: FailureKind::Poison, message: format!("`{field}`: {panic}") }.into()),
     }
 }
 
-fn refused(field: &str, problem: String) -> Failure {
+fn refused(field: &str, key: &str, problem: String) -> Failure {
+    let kind = if latent::is_latent(key) { "latent" } else { "picture" };
     Failure {
         kind: FailureKind::Invalid,
-        message: format!("`{field}` must be a picture in the artifact store: {problem}"),
+        message: format!("`{field}` must be a {kind} in the artifact store: {problem}"),
     }
 }
 
@@ -102,12 +122,12 @@ async fn bytes(context: &Context, field: &str, key: &str) -> Result<Bytes, NoInp
             Ok(bytes) if bytes.len() <= context.limits.init_image_bytes => return Ok(bytes),
             Ok(bytes) => {
                 let (most, bytes) = (context.limits.init_image_bytes, bytes.len());
-                return Err(refused(field, format!("`{key}` has {bytes} bytes, more than {most}")).into());
+                return Err(refused(field, key, format!("`{key}` has {bytes} bytes, more than {most}")).into());
             }
             Err(error @ (ArtifactError::Unavailable(_) | ArtifactError::Full(_))) => {
                 tracing::warn!(worker.id = %context.id, %error, key, "an init image could not be fetched: trying again");
             }
-            Err(error) => return Err(refused(field, error.to_string()).into()),
+            Err(error) => return Err(refused(field, key, error.to_string()).into()),
         }
         if context.stop.run_until_cancelled(pause.rest()).await.is_none() {
             return Err(NoInput::Stopped);

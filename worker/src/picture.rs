@@ -1,11 +1,13 @@
-//! What is stored of a rendered job: the PNG with its text, and the JSON sidecar.
+//! What is stored of a rendered job: the PNG with its text (or the latent), and the JSON sidecar.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use farm::id::{JobId, SubmissionId, WorkerId};
+use farm::latent::LatentFile;
 use farm::spec::{RenderSpec, Sampler, Schedule};
 use image::RgbImage;
 use serde::Serialize;
@@ -84,7 +86,12 @@ pub(crate) fn parameters(spec: &RenderSpec) -> String {
     let _ =
         write!(text, ", CFG scale: {guidance_scale}, Seed: {seed}, Size: {width}x{height}, Model: {}", quoted(model));
     if let Some(init) = &spec.init_image {
-        let _ = write!(text, ", Denoising strength: {}", init.strength);
+        if let Some(strength) = init.strength {
+            let _ = write!(text, ", Denoising strength: {strength}");
+        }
+        if let Some(start) = spec.options.denoising_start {
+            let _ = write!(text, ", Denoising start: {start}");
+        }
         if let Some(mask) = &init.mask {
             let _ = write!(text, ", Mask blur: {}", mask.blur);
         }
@@ -138,6 +145,11 @@ pub(crate) fn encode(image: &RgbImage, provenance: &Provenance) -> anyhow::Resul
     Ok(bytes)
 }
 
+/// Writes a latent with the text that a PNG has in its `kiln` chunk.
+pub(crate) fn encode_latent(latent: &LatentFile, provenance: &Provenance) -> anyhow::Result<Vec<u8>> {
+    Ok(latent.write(BTreeMap::from([("kiln".to_owned(), serde_json::to_string(provenance)?)])))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,9 +200,13 @@ mod tests {
         let expected = "a red star\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 42, Size: 4x2, Model: demo";
         assert_eq!(parameters(&spec()), expected);
         let mask = Mask { key: "uploads/m.png".into(), blur: 4.0, content: MaskedContent::Original };
-        let init = InitImage { key: "uploads/a.png".into(), strength: 0.6, mask: Some(mask) };
+        let init = InitImage { key: "uploads/a.png".into(), strength: Some(0.6), mask: Some(mask) };
         let started = parameters(&RenderSpec { init_image: Some(init), ..spec() });
         assert_eq!(started, format!("{expected}, Denoising strength: 0.6, Mask blur: 4"));
+        let options = farm::spec::FamilyOptions { denoising_start: Some(0.8), ..Default::default() };
+        let init = InitImage { key: "uploads/a.8x8.safetensors".into(), strength: None, mask: None };
+        let refined = parameters(&RenderSpec { init_image: Some(init), options, ..spec() });
+        assert_eq!(refined, format!("{expected}, Denoising start: 0.8"));
         let spec = RenderSpec {
             negative_prompt: "blurry".into(),
             guidance_scale: 7.0,
@@ -217,6 +233,18 @@ mod tests {
         let kiln: serde_json::Value = serde_json::from_str(&kiln.get_text().unwrap()).unwrap();
         assert_eq!(kiln["job_id"], provenance.job_id.to_string());
         assert_eq!((&kiln["attempt"], &kiln["spec"]["seed"]), (&2.into(), &42.into()));
+    }
+
+    #[test]
+    fn a_latent_carries_its_numbers_and_where_it_came_from() {
+        let latent = LatentFile { channels: 1, height: 1, width: 2, values: vec![0.5, -3.0] };
+        let provenance = provenance(RenderSpec { prompt: "un café".into(), ..spec() });
+        let bytes = encode_latent(&latent, &provenance).unwrap();
+        assert_eq!(LatentFile::read(&bytes).unwrap(), latent);
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let kiln: serde_json::Value = serde_json::from_str(header["__metadata__"]["kiln"].as_str().unwrap()).unwrap();
+        assert_eq!((&kiln["spec"]["prompt"], &kiln["attempt"]), (&"un café".into(), &2.into()));
     }
 
     #[test]

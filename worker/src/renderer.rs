@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use engine::{Checkpoint, Device, DeviceChoice, InitImage, Precision, RowId, RowRequest, RunningBatch};
 use farm::config::WorkerConfig;
 use farm::job::{Failure, FailureKind};
+use farm::latent::LatentFile;
 use farm::spec::RenderSpec;
 use image::RgbImage;
 
@@ -86,6 +87,9 @@ pub trait Renderer: Send + 'static {
 
     /// Turns latents into pictures, in order.
     fn decode(&self, latents: &[Self::Latent]) -> Result<Vec<RgbImage>, RenderError>;
+
+    /// A latent as it is stored, for another job to go on from.
+    fn hand_over(&self, latent: &Self::Latent) -> LatentFile;
 
     /// The device, for people (`cpu (2 threads)`).
     fn device(&self) -> String;
@@ -171,6 +175,11 @@ impl Renderer for EngineRenderer {
         Ok(self.loaded().decode(latents)?)
     }
 
+    fn hand_over(&self, latent: &engine::Latent) -> LatentFile {
+        let [channels, height, width] = latent.shape().map(|side| side as u32);
+        LatentFile { channels, height, width, values: latent.values().to_vec() }
+    }
+
     fn device(&self) -> String {
         self.device.describe()
     }
@@ -205,7 +214,7 @@ impl RowBatch for EngineBatch {
     }
 }
 
-/// A job in the engine's words, but for the pictures that it starts from.
+/// A job in the engine's words, but for what it starts from.
 pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
     let options = &spec.options;
     Ok(RowRequest {
@@ -228,6 +237,8 @@ pub fn row_request(spec: &RenderSpec) -> Result<RowRequest, RenderError> {
             stop: guidance.stop,
         }),
         init_image: None,
+        denoising_start: options.denoising_start,
+        denoising_end: options.denoising_end,
     })
 }
 

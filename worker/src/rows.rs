@@ -14,7 +14,7 @@ use farm::spec::RenderSpec;
 use tokio::sync::mpsc;
 
 use crate::batcher::{Batcher, Plan};
-use crate::device::{Event, NewRow, Rendered};
+use crate::device::{Event, NewRow, Output, Rendered};
 use crate::renderer::{RenderError, Renderer, RowBatch};
 use crate::resolve::Located;
 
@@ -106,6 +106,7 @@ impl<R: Renderer> Rows<R> {
         for row in alone {
             self.pass(&key, &[row], &mut finished);
         }
+        let finished = self.hand_over(finished);
         self.decode(&key, finished);
         self.shared.retain(|key, _| !self.batcher.running(key).is_empty());
     }
@@ -196,6 +197,19 @@ impl<R: Renderer> Rows<R> {
         }
     }
 
+    /// Lets the rows go that end in latents; the others are to be decoded.
+    fn hand_over(&mut self, finished: Vec<Denoised<R::Latent>>) -> Vec<Denoised<R::Latent>> {
+        let ends_early = |row| self.tracks.get(&row).is_some_and(|track| track.spec.options.denoising_end.is_some());
+        let (latents, pictures): (Vec<_>, Vec<_>) = finished.into_iter().partition(|denoised| ends_early(denoised.row));
+        for Denoised { row, latent, at } in latents {
+            match guarded(|| Ok(self.renderer.hand_over(&latent))) {
+                Ok(file) => self.tell_rendered(row, at, Output::Latent(file)),
+                Err(error) => self.fail(row, error),
+            }
+        }
+        pictures
+    }
+
     fn decode(&mut self, key: &BatchKey, mut finished: Vec<Denoised<R::Latent>>) {
         while !finished.is_empty() {
             let most = self.decodable.get(key).copied().unwrap_or(usize::MAX).min(finished.len());
@@ -211,7 +225,7 @@ impl<R: Renderer> Rows<R> {
         match guarded(|| self.renderer.decode(latents)) {
             Ok(images) if images.len() == rows.len() => {
                 for ((row, denoised_at), image) in rows.iter().zip(images) {
-                    self.tell_rendered(*row, *denoised_at, image);
+                    self.tell_rendered(*row, *denoised_at, Output::Picture(image));
                 }
             }
             Ok(images) => {
@@ -261,11 +275,11 @@ impl<R: Renderer> Rows<R> {
         }
     }
 
-    fn tell_rendered(&mut self, row: RowId, denoised_at: Instant, image: image::RgbImage) {
+    fn tell_rendered(&mut self, row: RowId, denoised_at: Instant, output: Output) {
         let Some((job_id, track)) = self.remove(row) else { return };
         self.tell(Event::Rendered(Box::new(Rendered {
             job_id,
-            image,
+            output,
             wait: track.joined - track.arrived,
             denoise: denoised_at - track.joined,
             decode: denoised_at.elapsed(),

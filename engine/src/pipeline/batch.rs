@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::calls;
 use super::family::{Conditions, ModelRow, Pass};
 use super::start::{self, Kept, Start};
 use crate::noise::NoiseSource;
@@ -30,6 +31,8 @@ struct Row {
     noise: NoiseSource,
     /// Denoiser calls done.
     call: usize,
+    /// Denoiser calls in all. Where the row ends in the middle of the way, its sampler has more.
+    calls: usize,
     /// (channels, height, width) on the host: a few thousand numbers.
     latent: Vec<f32>,
     beside: Arc<[f32]>,
@@ -50,7 +53,7 @@ impl Row {
         self.latent = self.sampler.step(self.call, &self.latent, output, &mut self.noise);
         self.call += 1;
         if let Some(kept) = &self.kept {
-            let next = (self.call < self.sampler.timesteps().len()).then_some(self.call);
+            let next = (self.call < self.calls).then_some(self.call);
             self.latent = kept.put_back(&self.latent, self.sampler.as_ref(), next);
         }
     }
@@ -81,8 +84,9 @@ impl RunningBatch {
         }
         let conditions = checkpoint.condition(request)?;
         let mut noise = NoiseSource::new(request.seed);
-        let Start { latent, beside, kept } = start::start(checkpoint, request, sampler.as_mut(), &mut noise)?;
-        self.rows.push(Row { id, sampler, noise, call: 0, latent, beside, kept, conditions });
+        let calls = calls::choose(checkpoint, request, sampler.as_mut())?;
+        let Start { latent, beside, kept } = start::start(checkpoint, request, sampler.as_ref(), &mut noise)?;
+        self.rows.push(Row { id, sampler, noise, call: 0, calls, latent, beside, kept, conditions });
         Ok(())
     }
 
@@ -113,7 +117,8 @@ impl RunningBatch {
         if let Some(skipping) = &request.skip_layer_guidance {
             skipping.check(self.checkpoint.layers())?;
         }
-        request.init_image.as_ref().map_or(Ok(()), start::check)
+        calls::check(&self.checkpoint, request)?;
+        start::check(&self.checkpoint, request, self.latent_shape())
     }
 
     /// Takes a row out between steps; false if it was not there.
@@ -159,11 +164,10 @@ impl RunningBatch {
         for (place, output) in places.into_iter().zip(outputs) {
             let row = &mut self.rows[place];
             row.advance(&output);
-            let total = row.sampler.timesteps().len();
             // A latent that has just left the finite numbers is reported by the next step.
-            let finished = row.call == total && row.is_finite();
+            let finished = row.call == row.calls && row.is_finite();
             let latent = finished.then(|| finish(row, shape));
-            steps.push(RowStep { id: row.id, step: row.call, total, latent });
+            steps.push(RowStep { id: row.id, step: row.call, total: row.calls, latent });
         }
         self.rows.retain(|row| !steps.iter().any(|step| step.id == row.id && step.latent.is_some()));
         Ok(steps)

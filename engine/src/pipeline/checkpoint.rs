@@ -180,6 +180,11 @@ impl Checkpoint {
         self.family.inpaints()
     }
 
+    /// Whether rows may end and begin in the middle of the way from noise, and start from latents.
+    pub(super) fn hands_over(&self) -> bool {
+        self.family.hands_over()
+    }
+
     /// Calls that a row with an init image leaves out.
     pub(super) fn skipped_calls(&self, steps: usize, strength: f64) -> usize {
         self.sampler.skipped_calls(steps, strength)

@@ -135,6 +135,11 @@ pub(super) trait Family: Send + Sync {
         false
     }
 
+    /// Whether rows may end and begin in the middle of the way from noise, and start from latents.
+    fn hands_over(&self) -> bool {
+        false
+    }
+
     /// Latent values along a side that the denoiser takes as one.
     fn patch(&self) -> usize {
         1

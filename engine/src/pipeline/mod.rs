@@ -1,6 +1,7 @@
 //! From a request to a picture: encode the prompts, draw the noise, step the running batch, decode.
 
 mod batch;
+mod calls;
 mod checkpoint;
 mod row;
 
@@ -26,19 +27,20 @@ pub use checkpoint::Checkpoint;
 pub use mask::gray;
 pub use resize::resized;
 pub use row::{
-    InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, SkipLayerGuidance,
+    InitContent, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep,
+    SkipLayerGuidance,
 };
 
-/// Renders one picture alone: a running batch of one row, then the decoder. `on_step` is called with
-/// the steps done and the steps in total after each denoiser call.
+/// Denoises one row alone: a running batch of it. `on_step` is called with the steps done and the steps in total
+/// after each denoiser call.
 ///
 /// # Errors
-/// As [`RunningBatch::join`], [`RunningBatch::step`] and [`Checkpoint::decode`].
-pub fn render(
+/// As [`RunningBatch::join`] and [`RunningBatch::step`].
+pub fn denoise(
     checkpoint: &Arc<Checkpoint>,
     request: &RowRequest,
     mut on_step: impl FnMut(usize, usize),
-) -> Result<RgbImage> {
+) -> Result<Latent> {
     const ONLY: RowId = 0;
     let mut batch = RunningBatch::new(Arc::clone(checkpoint), request.width, request.height);
     batch.join(ONLY, request)?;
@@ -46,9 +48,22 @@ pub fn render(
         for row in batch.step(&[ONLY])? {
             on_step(row.step, row.total);
             if let Some(latent) = row.latent {
-                let mut pictures = checkpoint.decode(&[latent])?;
-                return pictures.pop().ok_or(Error::NotFinite { row: ONLY });
+                return Ok(latent);
             }
         }
     }
+}
+
+/// Renders one picture alone: [`denoise`], then the decoder.
+///
+/// # Errors
+/// As [`denoise`] and [`Checkpoint::decode`].
+pub fn render(
+    checkpoint: &Arc<Checkpoint>,
+    request: &RowRequest,
+    on_step: impl FnMut(usize, usize),
+) -> Result<RgbImage> {
+    let latent = denoise(checkpoint, request, on_step)?;
+    let row = latent.row;
+    checkpoint.decode(&[latent])?.pop().ok_or(Error::NotFinite { row })
 }

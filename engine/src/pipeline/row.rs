@@ -40,19 +40,34 @@ pub struct RowRequest {
     pub true_cfg_scale: Option<f64>,
     /// Stable Diffusion 3's guidance away from what a few of its layers leave out.
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
-    /// A picture to start from; `None`: from noise alone.
+    /// A picture or a latent to start from; `None`: from noise alone.
     pub init_image: Option<InitImage>,
+    /// Stable Diffusion XL: the share of the way from noise that lies behind the init image, between 0 and 1. No
+    /// noise is added to it, and its strength is not read. `None`: the strength says where the row begins.
+    pub denoising_start: Option<f64>,
+    /// Stable Diffusion XL: the share of the way from noise after which the row ends, between 0 and 1. Its latent is
+    /// what another row may start from. `None`: the whole way.
+    pub denoising_end: Option<f64>,
 }
 
-/// A picture that a row starts from.
+/// What a row starts from instead of noise alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InitImage {
-    /// Resized to the row's size where it has another.
-    pub picture: Arc<RgbImage>,
+    /// A picture, or a latent.
+    pub content: InitContent,
     /// How much of the way from noise the row goes, above 0 and at most 1: the share of the steps that it takes.
     pub strength: f64,
     /// What of the picture is painted anew; `None`: all.
     pub mask: Option<Mask>,
+}
+
+/// What an init image is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InitContent {
+    /// Resized to the row's size where it has another.
+    Picture(Arc<RgbImage>),
+    /// Stable Diffusion XL: what a row of this size ended in, here or elsewhere.
+    Latent(Arc<Latent>),
 }
 
 /// What of an init image is painted anew.
@@ -159,7 +174,7 @@ pub struct RowStep {
     pub latent: Option<Latent>,
 }
 
-/// One row's final latent on the host, (channels, height, width) in `f32`.
+/// A row's latent on the host, (channels, height, width) in `f32` as the denoiser takes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Latent {
     pub(crate) values: Vec<f32>,
@@ -168,4 +183,32 @@ pub struct Latent {
     pub(crate) width: usize,
     /// The row it came from, so that an error in decoding can name it.
     pub(crate) row: RowId,
+}
+
+impl Latent {
+    /// A latent of `values`, (channels, height, width).
+    ///
+    /// # Errors
+    /// [`Error::Request`] naming `init_image`, unless there are that many values and all of them are finite.
+    pub fn new(values: Vec<f32>, [channels, height, width]: [usize; 3]) -> Result<Self> {
+        let expected = channels.checked_mul(height).and_then(|values| values.checked_mul(width));
+        if expected != Some(values.len()) || values.is_empty() {
+            let limit = format!("{channels} × {height} × {width} values, more than none");
+            return Err(Error::request("init_image", limit, format!("{} values", values.len())));
+        }
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(Error::request("init_image", "finite numbers", "a latent with others"));
+        }
+        Ok(Self { values, channels, height, width, row: 0 })
+    }
+
+    /// The values, channel after channel, line after line.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Channels, height and width.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels, self.height, self.width]
+    }
 }

@@ -113,6 +113,10 @@ impl Family for StableDiffusionXl {
         inpaints(self.unet.config.out_channels, &self.unet)
     }
 
+    fn hands_over(&self) -> bool {
+        true
+    }
+
     fn sample_size(&self) -> (usize, usize) {
         self.unet.config.sample_size
     }

@@ -151,6 +151,11 @@ impl SamplerConfig {
         }
     }
 
+    /// Timesteps of the training schedule, whichever sampler goes through them.
+    pub fn training_timesteps(&self) -> Result<usize> {
+        Options::new(self.values.clone()).count("num_train_timesteps", 1000)
+    }
+
     /// The samplers that fit what the checkpoint was trained for.
     fn possible(&self) -> Vec<&'static str> {
         let flow = self.kind == Some(SamplerKind::FlowMatchEuler);

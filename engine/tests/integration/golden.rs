@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use engine::{Checkpoint, MicroConditioning, RowRequest, SkipLayerGuidance, render};
+use engine::{Checkpoint, Mask, MicroConditioning, RowRequest, SkipLayerGuidance, render};
 use image::RgbImage;
 use serde::Deserialize;
 
@@ -13,6 +13,7 @@ use crate::support::{fixtures, init, largest_difference, mask};
 #[derive(Deserialize)]
 pub struct Golden {
     pub checkpoint: String,
+    #[serde(default)]
     pub file: String,
     prompt: String,
     negative_prompt: String,
@@ -32,8 +33,9 @@ pub struct Golden {
     skip_layer_guidance: Option<SkipLayers>,
     init_image: Option<String>,
     mask_image: Option<String>,
-    #[serde(default)]
-    strength: f64,
+    strength: Option<f64>,
+    denoising_start: Option<f64>,
+    denoising_end: Option<f64>,
 }
 
 /// Skip-layer guidance as the lists have it.
@@ -58,9 +60,9 @@ pub fn read(list: &Path) -> Vec<Golden> {
 }
 
 impl Golden {
-    /// What diffusers was asked for.
+    /// What was asked for, but for a latent to start from.
     pub fn request(&self) -> RowRequest {
-        let mask = self.mask_image.as_deref().map(mask);
+        let mask = self.mask();
         RowRequest {
             prompt: self.prompt.clone(),
             negative_prompt: self.negative_prompt.clone(),
@@ -79,17 +81,29 @@ impl Golden {
             max_sequence_length: self.max_sequence_length,
             true_cfg_scale: self.true_cfg_scale,
             skip_layer_guidance: self.skip_layer_guidance.clone().map(SkipLayers::asked),
-            init_image: self.init_image.as_deref().and_then(|picture| init(picture, self.strength, mask)),
+            init_image: self.init_image.as_deref().and_then(|picture| init(picture, self.strength(), mask)),
+            denoising_start: self.denoising_start,
+            denoising_end: self.denoising_end,
         }
     }
 
-    /// The picture that diffusers made.
-    pub fn expected(&self) -> RgbImage {
-        image::open(fixtures().join("pictures").join(&self.file)).unwrap().into_rgb8()
+    /// The mask, where there is one.
+    pub fn mask(&self) -> Option<Mask> {
+        self.mask_image.as_deref().map(mask)
+    }
+
+    /// The strength, or the whole way.
+    pub fn strength(&self) -> f64 {
+        self.strength.unwrap_or(1.0)
     }
 
     /// How many levels of 255 the picture of `checkpoint` is off diffusers' at most.
     pub fn difference(&self, checkpoint: &Arc<Checkpoint>) -> u8 {
         largest_difference(&render(checkpoint, &self.request(), |_, _| {}).unwrap(), &self.expected())
+    }
+
+    /// The picture that diffusers made.
+    pub fn expected(&self) -> RgbImage {
+        image::open(fixtures().join("pictures").join(&self.file)).unwrap().into_rgb8()
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest, RunningBatch};
-use engine::{gray, render};
+use engine::{Checkpoint, Device, DeviceChoice, InitContent, InitImage, Mask, MaskedContent, Precision};
+use engine::{RowRequest, RunningBatch, gray, render};
 use image::RgbImage;
 
 use crate::golden;
@@ -70,7 +70,7 @@ fn rows_in_company_are_the_rows_alone(name: &str) {
 
 #[test]
 fn rows_with_and_without_init_images_share_a_pass_and_are_the_rows_alone() {
-    for name in ["sd1", "one_layer", "bf16", "inpaint", "sdxl", "sd3", "flux_dev"] {
+    for name in ["sd1", "one_layer", "bf16", "inpaint", "sdxl", "sdxl_inpaint", "sd3", "flux_dev"] {
         rows_in_company_are_the_rows_alone(name);
     }
 }
@@ -151,7 +151,8 @@ fn init_images_that_cannot_be_are_refused_by_name() {
         assert!(text.starts_with("`mask_blur` must be 0 to 256 pixels, but is"), "{text}");
     }
     let nothing = || Arc::new(RgbImage::new(0, 3));
-    assert!(refusal(InitImage { picture: nothing(), ..whole() }).starts_with("`init_image` must be"));
+    let text = refusal(InitImage { content: InitContent::Picture(nothing()), ..whole() });
+    assert!(text.starts_with("`init_image` must be a picture with pixels"), "{text}");
     let text = masked(Mask { picture: Arc::new(gray(&nothing())), ..mask("mask.png") });
     assert!(text.starts_with("`mask_image` must be"), "{text}");
 }

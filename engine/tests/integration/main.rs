@@ -6,6 +6,7 @@ mod support;
 
 mod elsewhere;
 mod flux;
+mod handed_over;
 mod init_images;
 mod inspect;
 mod layouts;

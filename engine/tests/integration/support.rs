@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use engine::{Checkpoint, Device, DeviceChoice, InitImage, Mask, MaskedContent, Precision, RowRequest, gray};
+use engine::{
+    Checkpoint, Device, DeviceChoice, InitContent, InitImage, Mask, MaskedContent, Precision, RowRequest, gray,
+};
 use image::RgbImage;
 
 /// Every checkpoint that has goldens.
@@ -107,5 +109,5 @@ pub fn mask(name: &str) -> Mask {
 
 /// An init image of the fixtures.
 pub fn init(name: &str, strength: f64, mask: Option<Mask>) -> Option<InitImage> {
-    Some(InitImage { picture: picture(name), strength, mask })
+    Some(InitImage { content: InitContent::Picture(picture(name)), strength, mask })
 }

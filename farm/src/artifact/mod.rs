@@ -5,6 +5,7 @@ pub mod folder;
 mod path;
 pub mod s3;
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use bytes::Bytes;
 
 use crate::config::ArtifactsConfig;
 use crate::id::{JobId, SubmissionId};
+use crate::latent;
 
 /// What can go wrong with an artifact store.
 #[derive(Debug, thiserror::Error)]
@@ -48,13 +50,26 @@ pub enum ArtifactKey {
         /// The attempt that rendered it.
         attempt: u32,
     },
-    /// A picture that a client sent: an init image or a mask. Its name is what it holds, so that it never changes
+    /// What a client sent for jobs to start from: an init image, a mask or a latent. Its name is what it holds, so that it never changes
     /// and counts once however often it is sent.
     Upload {
         /// The SHA-256 of its bytes, in hexadecimal.
         sha256: String,
         /// What it is.
         format: UploadFormat,
+    },
+    /// The latent of a job that ends in the middle of the way from noise. Its name tells its size.
+    Latent {
+        /// The submission.
+        submission_id: SubmissionId,
+        /// The job.
+        job_id: JobId,
+        /// The attempt that rendered it.
+        attempt: u32,
+        /// Values of a line.
+        width: u32,
+        /// Lines.
+        height: u32,
     },
     /// The JSON that describes an image.
     Sidecar {
@@ -74,7 +89,11 @@ impl ArtifactKey {
             Self::Image { submission_id, job_id, attempt } => {
                 format!("submissions/{submission_id}/images/{job_id}.{attempt}.png")
             }
-            Self::Upload { sha256, format } => format!("uploads/{sha256}.{}", format.extension()),
+            Self::Upload { sha256, format } => format!("uploads/{sha256}.{}", format.name_end()),
+            Self::Latent { submission_id, job_id, attempt, width, height } => {
+                let end = latent::name_end(*width, *height);
+                format!("{}{end}", latent_prefix(*submission_id, *job_id, *attempt))
+            }
             Self::Sidecar { submission_id, job_id, attempt } => {
                 format!("submissions/{submission_id}/sidecars/{job_id}.{attempt}.json")
             }
@@ -86,12 +105,40 @@ impl ArtifactKey {
         match self {
             Self::Image { .. } => "image/png",
             Self::Upload { format, .. } => format.content_type(),
+            Self::Latent { .. } => latent::CONTENT_TYPE,
             Self::Sidecar { .. } => "application/json",
         }
     }
 }
 
-/// The pictures that clients may send.
+/// What the paths of an attempt's latents begin with, whatever their size.
+fn latent_prefix(submission_id: SubmissionId, job_id: JobId, attempt: u32) -> String {
+    format!("submissions/{submission_id}/latents/{job_id}.{attempt}.")
+}
+
+/// The content type of what a job has made, by its path: a picture, or a latent.
+pub fn content_type_of_result(path: &str) -> &'static str {
+    if latent::is_latent(path) { latent::CONTENT_TYPE } else { "image/png" }
+}
+
+/// Deletes whatever an attempt has stored, as far as it got.
+pub async fn delete_attempt(
+    artifacts: &dyn ArtifactStore,
+    submission_id: SubmissionId,
+    job_id: JobId,
+    attempt: u32,
+) -> Result<()> {
+    let image = ArtifactKey::Image { submission_id, job_id, attempt };
+    let sidecar = ArtifactKey::Sidecar { submission_id, job_id, attempt };
+    let mut paths = artifacts.list(&latent_prefix(submission_id, job_id, attempt)).await?;
+    paths.extend([image.path(), sidecar.path()]);
+    for path in paths {
+        artifacts.delete(&path).await?;
+    }
+    Ok(())
+}
+
+/// What clients may send for jobs to start from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum UploadFormat {
     /// Portable Network Graphics.
@@ -100,11 +147,18 @@ pub enum UploadFormat {
     Jpeg,
     /// WebP.
     Webp,
+    /// A latent of so many values.
+    Latent {
+        /// Values of a line.
+        width: u32,
+        /// Lines.
+        height: u32,
+    },
 }
 
 impl UploadFormat {
-    /// Every format.
-    pub const ALL: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
+    /// Every format of pictures.
+    pub const PICTURES: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
 
     /// Its content type.
     pub fn content_type(self) -> &'static str {
@@ -112,14 +166,16 @@ impl UploadFormat {
             Self::Png => "image/png",
             Self::Jpeg => "image/jpeg",
             Self::Webp => "image/webp",
+            Self::Latent { .. } => latent::CONTENT_TYPE,
         }
     }
 
-    fn extension(self) -> &'static str {
+    fn name_end(self) -> Cow<'static, str> {
         match self {
-            Self::Png => "png",
-            Self::Jpeg => "jpg",
-            Self::Webp => "webp",
+            Self::Png => "png".into(),
+            Self::Jpeg => "jpg".into(),
+            Self::Webp => "webp".into(),
+            Self::Latent { width, height } => latent::name_end(width, height).into(),
         }
     }
 }
@@ -190,8 +246,9 @@ mod tests {
 
     #[test]
     fn an_uploads_path_is_what_it_holds() {
-        for (format, path) in UploadFormat::ALL.into_iter().zip(["uploads/ab.png", "uploads/ab.jpg", "uploads/ab.webp"])
-        {
+        let formats = UploadFormat::PICTURES.into_iter().chain([UploadFormat::Latent { width: 128, height: 96 }]);
+        let paths = ["uploads/ab.png", "uploads/ab.jpg", "uploads/ab.webp", "uploads/ab.128x96.safetensors"];
+        for (format, path) in formats.zip(paths) {
             let key = ArtifactKey::Upload { sha256: "ab".into(), format };
             assert_eq!(key.path(), path);
             assert!(path::check(&key.path()).is_ok());

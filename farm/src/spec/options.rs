@@ -31,6 +31,12 @@ pub struct FamilyOptions {
     /// Stable Diffusion 3: guidance away from what the denoiser predicts without some layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skip_layer_guidance: Option<SkipLayerGuidance>,
+    /// Stable Diffusion XL: the share of the way from noise that lies behind the init image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoising_start: Option<f64>,
+    /// Stable Diffusion XL: the share of the way from noise after which the job ends, in a latent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoising_end: Option<f64>,
 }
 
 /// The sizes, in pixels, that a Stable Diffusion XL picture shall look as if it had.
@@ -126,6 +132,8 @@ impl FamilyOptions {
             ("max_sequence_length", request.max_sequence_length.is_some(), &["sd3", "flux"]),
             ("true_cfg_scale", request.true_cfg_scale.is_some(), &["flux"]),
             ("skip_layer_guidance", request.skip_layer_guidance.is_some(), &["sd3"]),
+            ("denoising_start", request.denoising_start.is_some(), &["sdxl"]),
+            ("denoising_end", request.denoising_end.is_some(), &["sdxl"]),
         ];
         for (field, present, families) in asked {
             if let Some(family) = facts.family.as_deref().filter(|_| present)
@@ -142,11 +150,29 @@ impl FamilyOptions {
         }
         request.micro_conditioning.as_ref().map_or(Ok(()), MicroConditioning::check)?;
         request.skip_layer_guidance.as_ref().map_or(Ok(()), SkipLayerGuidance::check)?;
+        check_way(request.denoising_start, request.denoising_end)?;
         Ok(Self {
             micro_conditioning: request.micro_conditioning,
             max_sequence_length: request.max_sequence_length.map(|tokens| tokens as u32),
             true_cfg_scale: request.true_cfg_scale,
             skip_layer_guidance: request.skip_layer_guidance.clone(),
+            denoising_start: request.denoising_start,
+            denoising_end: request.denoising_end,
         })
+    }
+}
+
+/// Where on the way from noise a job begins and ends.
+fn check_way(start: Option<f64>, end: Option<f64>) -> Result<(), ValidationError> {
+    for (field, share) in [("denoising_start", start), ("denoising_end", end)] {
+        if let Some(share) = share.filter(|share| !(*share > 0.0 && *share < 1.0)) {
+            return Err(refuse(field, "above 0 and below 1", share));
+        }
+    }
+    match (start, end) {
+        (Some(start), Some(end)) if start >= end => {
+            Err(refuse("denoising_start", format!("below `denoising_end`, which is {end}"), start))
+        }
+        _ => Ok(()),
     }
 }

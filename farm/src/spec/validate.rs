@@ -62,6 +62,8 @@ impl RenderRequest {
             max_sequence_length,
             true_cfg_scale,
             skip_layer_guidance,
+            denoising_start,
+            denoising_end,
             init_image,
             mask_image,
             strength,
@@ -90,11 +92,11 @@ impl RenderRequest {
         let (model, facts) = catalog.find(self.model.as_deref())?;
         let options = FamilyOptions::read(&self, facts, limits)?;
         let init_image = init::check(&self, facts)?;
+        let (width, height) = check_size(self.width, self.height, init::latent_size(&self, facts), facts, limits)?;
         let prompt = self.prompt.ok_or_else(|| refuse("prompt", "present", "missing"))?;
         let negative_prompt = self.negative_prompt.unwrap_or_default();
         check_text("prompt", &prompt, limits)?;
         check_text("negative_prompt", &negative_prompt, limits)?;
-        let (width, height) = check_size(self.width, self.height, facts, limits)?;
         let lane = match self.lane {
             None => default_lane,
             Some(word) => Lane::parse(&word).ok_or_else(|| one_of("lane", Lane::ALL.map(Lane::as_str), &word))?,
@@ -148,12 +150,22 @@ fn check_text(field: &str, text: &str, limits: &Limits) -> Result<(), Validation
     Ok(())
 }
 
+/// Width and height: those of the latent, if the job starts from one.
 fn check_size(
     width: Option<i64>,
     height: Option<i64>,
+    latent: Option<(i64, i64)>,
     facts: &ModelFacts,
     limits: &Limits,
 ) -> Result<(u32, u32), ValidationError> {
+    if let Some(latent) = latent {
+        let asked = (width.unwrap_or(latent.0), height.unwrap_or(latent.1));
+        if asked != latent {
+            let limit = format!("{} × {}, the size of the latent `init_image`, or absent", latent.0, latent.1);
+            return Err(refuse("width × height", limit, format!("{} × {}", asked.0, asked.1)));
+        }
+    }
+    let (width, height) = (width.or(latent.map(|size| size.0)), height.or(latent.map(|size| size.1)));
     let side = |field: &str, asked: Option<i64>, native: u32| {
         let value = asked.unwrap_or(i64::from(native));
         let factor = i64::from(facts.side_multiple());

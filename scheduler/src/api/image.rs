@@ -19,12 +19,14 @@ const CACHE_FOREVER: HeaderValue = HeaderValue::from_static("private, max-age=31
 /// A presigned URL expires.
 const CACHE_NEVER: HeaderValue = HeaderValue::from_static("no-store");
 
-/// The PNG of a job that is done: a redirect to a presigned URL where the artifact store can make one, else the
-/// bytes.
+/// The PNG of a job that is done (the latent, if that is what it ends in): a redirect to a presigned URL where the
+/// artifact store can make one, else the bytes.
 #[utoipa::path(
     get, path = "/v1/jobs/{id}/image", tag = "jobs", params(("id" = JobId, Path, description = "The job")),
     responses(
-        (status = 200, description = "The PNG", body = [u8], content_type = "image/png"),
+        (status = 200, description = "The PNG, or the latent as a safetensors file", content(
+            (Vec<u8> = "image/png"), (Vec<u8> = "application/safetensors"),
+        )),
         (status = 304, description = "The client has it (`If-None-Match`)"),
         (status = 307, description = "Where it is: `Location`"),
         Problems,
@@ -36,7 +38,8 @@ pub(super) async fn image(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let view = done(&api, job).await?;
-    hand_out(&api, view.image_key.as_deref(), view.sha256.as_deref(), "image/png", &headers).await
+    let kind = artifact::content_type_of_result(view.image_key.as_deref().unwrap_or_default());
+    hand_out(&api, view.image_key.as_deref(), view.sha256.as_deref(), kind, &headers).await
 }
 
 /// The JSON that describes a job's image, in the same way.

@@ -58,7 +58,7 @@ pub enum StreamEvent {
     },
     /// The image is there.
     Complete {
-        /// The PNG in base64. `null` if the artifact store did not hand it out; then the error says why.
+        /// The PNG (or the latent) in base64. `null` if the artifact store did not hand it out; then the error says why.
         image: Option<String>,
         /// Where it can be read: a presigned URL, or an absolute path of this API.
         url: String,

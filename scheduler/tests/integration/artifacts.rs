@@ -1,9 +1,11 @@
 //! Pictures that jobs start from.
 
+use std::collections::BTreeMap;
 use std::io::Cursor;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use farm::latent::LatentFile;
 use farm::spec::Limits;
 use image::{ImageFormat, RgbImage};
 use reqwest::{Method, StatusCode};
@@ -74,6 +76,36 @@ async fn what_is_no_picture_or_too_large_is_refused_by_field_limit_and_value() {
         assert_eq!(limit, "a PNG, JPEG or WebP picture");
     }
     assert!(farm.artifacts.list("").await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_latent_is_stored_under_its_size_and_a_broken_one_refused() {
+    let farm = Farm::start().await;
+    let latent = LatentFile { channels: 4, height: 2, width: 3, values: vec![0.5; 24] };
+    let bytes = latent.write(BTreeMap::new());
+    let stored = upload(&farm, "application/safetensors", bytes.clone()).await.with_status(StatusCode::CREATED).json;
+    let key = stored["key"].as_str().unwrap();
+    assert_eq!(key, format!("uploads/{}.3x2.safetensors", stored["sha256"].as_str().unwrap()));
+    assert_eq!((&stored["width"], &stored["height"]), (&3.into(), &2.into()));
+    assert_eq!(stored["content_type"], "application/safetensors");
+    assert_eq!(farm.artifacts.get(key).await.unwrap(), bytes);
+    // Within a job it is the same object, and the job has its size.
+    let url = format!("data:application/safetensors;base64,{}", STANDARD.encode(&bytes));
+    let job = json!({"prompt": "a", "init_image": url, "denoising_start": 0.8});
+    let accepted = farm.post("/v1/jobs", job).await.with_status(StatusCode::ACCEPTED).json;
+    let spec = farm.get(accepted["status_url"].as_str().unwrap()).await.json["spec"].clone();
+    assert_eq!((&spec["width"], &spec["height"]), (&24.into(), &16.into()));
+    assert_eq!(spec["init_image"], json!({ "key": key }));
+    let broken = LatentFile { values: vec![f32::NAN; 24], ..latent }.write(BTreeMap::new());
+    let (field, limit, value) = upload(&farm, "application/octet-stream", broken).await.problem(422);
+    assert_eq!(
+        (field.as_str(), limit.as_str(), value.as_str()),
+        (
+            "body",
+            "a PNG, JPEG or WebP picture, or a latent (a safetensors file)",
+            "a file that must have finite `latents`, but some are not"
+        )
+    );
 }
 
 #[tokio::test]

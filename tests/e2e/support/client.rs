@@ -59,12 +59,37 @@ impl Client {
 
     /// Stores a PNG; its key.
     pub async fn upload(&self, png: Vec<u8>) -> String {
-        let request = self.http.post(format!("{}/v1/artifacts", self.base)).header("content-type", "image/png");
-        let response = request.body(png).send().await.expect("the scheduler answers");
-        let status = response.status();
-        let answer: Value = response.json().await.expect("a JSON answer");
+        self.upload_as("image/png", png).await
+    }
+
+    /// Stores what jobs start from; its key.
+    pub async fn upload_as(&self, kind: &str, bytes: Vec<u8>) -> String {
+        let (status, answer) = self.send_artifact(kind, bytes).await;
         assert!(status.is_success(), "POST /v1/artifacts: {status} {answer}");
         answer["key"].as_str().expect("a key").to_owned()
+    }
+
+    /// Sends bytes that must be refused; the status and the problem.
+    pub async fn refused_upload(&self, bytes: Vec<u8>) -> (u16, Value) {
+        let (status, problem) = self.send_artifact("application/octet-stream", bytes).await;
+        assert!(status.is_client_error(), "POST /v1/artifacts: {status} {problem}");
+        (status.as_u16(), problem)
+    }
+
+    async fn send_artifact(&self, kind: &str, bytes: Vec<u8>) -> (StatusCode, Value) {
+        let request = self.http.post(format!("{}/v1/artifacts", self.base)).header("content-type", kind);
+        let response = request.body(bytes).send().await.expect("the scheduler answers");
+        (response.status(), response.json().await.expect("a JSON answer"))
+    }
+
+    /// POST of JSON that must be refused; the status and the problem.
+    pub async fn refused(&self, path: &str, body: &Value) -> (u16, Value) {
+        let response =
+            self.http.post(format!("{}{path}", self.base)).json(body).send().await.expect("the scheduler answers");
+        let status = response.status();
+        let problem: Value = response.json().await.expect("a JSON answer");
+        assert!(status.is_client_error(), "POST {path}: {status} {problem}");
+        (status.as_u16(), problem)
     }
 
     /// DELETE that must succeed.

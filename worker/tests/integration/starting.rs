@@ -1,4 +1,4 @@
-//! Jobs that start from pictures.
+//! Jobs that start from pictures, and from what other jobs have left.
 
 use std::io::Cursor;
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use farm::artifact::{ArtifactKey, UploadFormat};
 use farm::job::{FailureKind, JobState};
-use farm::spec::{InitImage, Mask, MaskedContent, RenderSpec};
+use farm::latent::LatentFile;
+use farm::spec::{FamilyOptions, InitImage, Mask, MaskedContent, RenderSpec};
 use image::{ImageFormat, Rgb, RgbImage};
 
 use crate::support::{Stage, TestFarm, fake, wait_for};
@@ -21,7 +22,7 @@ async fn upload(farm: &TestFarm, name: &str, colour: [u8; 3]) -> String {
 }
 
 fn from(prompt: &str, key: &str) -> RenderSpec {
-    let init_image = Some(InitImage { key: key.into(), strength: 0.5, mask: None });
+    let init_image = Some(InitImage { key: key.into(), strength: Some(0.5), mask: None });
     RenderSpec { init_image, ..TestFarm::spec(prompt) }
 }
 
@@ -79,6 +80,46 @@ async fn a_picture_that_is_not_there_or_is_none_fails_its_job_alone_and_at_once(
         assert!(error.message.starts_with("`init_image` must be a picture in the artifact store"), "{}", error.message);
         assert!(error.message.contains(key), "{}", error.message);
     }
+}
+
+#[tokio::test]
+async fn a_job_that_ends_early_leaves_a_latent_and_another_goes_on_from_it() {
+    let (farm, stage) = (TestFarm::new().await, Arc::default());
+    let options = FamilyOptions { denoising_end: Some(0.8), ..FamilyOptions::default() };
+    let base = farm.submit([RenderSpec { options, seed: 77, ..TestFarm::spec("base") }, TestFarm::spec("other")]).await;
+    let running = farm.start(&stage);
+    farm.wait_for_state(&base, JobState::Done).await;
+    let (view, other) = (farm.job(base[0]).await, farm.job(base[1]).await);
+    let key = view.image_key.unwrap();
+    assert!(key.contains("/latents/") && key.ends_with(".1x1.safetensors"), "{key}");
+    assert!(other.image_key.unwrap().ends_with(".png"));
+    assert_eq!(LatentFile::read(&farm.object(&key).await).unwrap().values, [77.0]);
+    let sidecar: serde_json::Value =
+        serde_json::from_slice(&farm.object(view.sidecar_key.as_deref().unwrap()).await).unwrap();
+    assert_eq!(
+        (&sidecar["image_key"], &sidecar["spec"]["options"]["denoising_end"]),
+        (&key.clone().into(), &0.8.into())
+    );
+
+    let options = FamilyOptions { denoising_start: Some(0.8), ..FamilyOptions::default() };
+    let init_image = Some(InitImage { key, strength: None, mask: None });
+    let broken = ArtifactKey::Upload { sha256: "x".into(), format: UploadFormat::Latent { width: 1, height: 1 } };
+    farm.worker.artifacts.put(&broken, b"no latent".to_vec().into()).await.unwrap();
+    let refined = RenderSpec { options, init_image, seed: 5, ..TestFarm::spec("refined") };
+    let jobs = farm.submit([refined, from("broken", &broken.path())]).await;
+    farm.wait_for_state(&jobs[..1], JobState::Done).await;
+    farm.wait_for_state(&jobs[1..], JobState::Failed).await;
+    running.stop().await;
+    let key = farm.job(jobs[0]).await.image_key.unwrap();
+    let picture = image::load_from_memory(&farm.object(&key).await).unwrap().to_rgb8();
+    assert_eq!(picture, RgbImage::from_pixel(16, 8, Rgb([77, 0, 0])));
+    let error = farm.job(jobs[1]).await.error.unwrap();
+    assert_eq!(error.kind, FailureKind::Invalid);
+    assert_eq!(
+        error.message,
+        "`init_image` must be a latent in the artifact store: `uploads/x.1x1.safetensors` is no safetensors file, or a \
+         broken one"
+    );
 }
 
 #[tokio::test]

@@ -121,7 +121,7 @@ fn what_is_asked_for_is_what_one_gets() {
 #[test]
 fn an_init_image_brings_its_strength_and_a_mask_its_edges() {
     let spec = validate(json!({"init_image": "uploads/ab12.png"})).unwrap();
-    let expected = InitImage { key: "uploads/ab12.png".into(), strength: 0.8, mask: None };
+    let expected = InitImage { key: "uploads/ab12.png".into(), strength: Some(0.8), mask: None };
     assert_eq!(spec.init_image, Some(expected));
     let mask = |more: Value| {
         let mut json = json!({"init_image": "submissions/a/images/b.1.png", "mask_image": "uploads/m.webp"});
@@ -130,9 +130,12 @@ fn an_init_image_brings_its_strength_and_a_mask_its_edges() {
     };
     let init = mask(json!({}));
     let plain = Mask { key: "uploads/m.webp".into(), blur: 0.0, content: MaskedContent::Original };
-    assert_eq!((init.strength, init.mask), (1.0, Some(plain.clone())));
+    assert_eq!((init.strength, init.mask), (Some(1.0), Some(plain.clone())));
     let init = mask(json!({"strength": 0.5, "mask_blur": 4, "masked_content": "noise"}));
-    assert_eq!((init.strength, init.mask), (0.5, Some(Mask { blur: 4.0, content: MaskedContent::Noise, ..plain })));
+    assert_eq!(
+        (init.strength, init.mask),
+        (Some(0.5), Some(Mask { blur: 4.0, content: MaskedContent::Noise, ..plain }))
+    );
     assert_eq!(validate(json!({})).unwrap().init_image, None);
 }
 
@@ -317,5 +320,82 @@ fn a_spec_is_read_back_as_it_was_written() {
     for schedule in Schedule::ALL {
         assert_eq!(Schedule::parse(schedule.as_str()), Some(schedule));
         assert_eq!(serde_json::to_value(schedule).unwrap(), schedule.as_str());
+    }
+}
+
+/// Validates a job for a checkpoint of this family.
+fn of_family(family: &str, json: Value) -> Result<RenderSpec, String> {
+    let facts = ModelFacts { family: Some(family.into()), ..ModelFacts::assumed("here") };
+    let catalog = Catalog::new(BTreeMap::from([("demo".to_owned(), facts)]), "demo").unwrap();
+    let spec = request(json).validate(&catalog, &Limits::default(), Lane::Bulk, || 7);
+    spec.map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_job_may_end_in_a_latent_and_another_goes_on_from_it_at_its_size() {
+    let base = of_family("sdxl", json!({"denoising_end": 0.8})).unwrap();
+    assert_eq!((base.options.denoising_end, base.init_image), (Some(0.8), None));
+    let key = "submissions/a/latents/b.1.24x16.safetensors";
+    let refiner = json!({"init_image": key, "denoising_start": 0.8});
+    let spec = of_family("sdxl_refiner", refiner.clone()).unwrap();
+    assert_eq!((spec.width, spec.height, spec.options.denoising_start), (192, 128, Some(0.8)));
+    assert_eq!(spec.init_image, Some(InitImage { key: key.into(), strength: None, mask: None }));
+    let read: RenderSpec = serde_json::from_value(serde_json::to_value(&spec).unwrap()).unwrap();
+    assert_eq!(read, spec);
+    let mut sized = refiner.clone();
+    sized["width"] = json!(192);
+    assert!(of_family("sdxl_refiner", sized.clone()).is_ok());
+    sized["height"] = json!(192);
+    assert_eq!(
+        of_family("sdxl_refiner", sized).unwrap_err(),
+        "`width × height` must be 192 × 128, the size of the latent `init_image`, or absent, but is 192 × 192"
+    );
+    // A latent of another origin tells no size; and one may get noise again.
+    let spec = of_family("sdxl", json!({"init_image": "theirs/x.safetensors", "strength": 0.5})).unwrap();
+    assert_eq!((spec.width, spec.init_image.unwrap().strength), (512, Some(0.5)));
+}
+
+#[test]
+fn jobs_that_cannot_begin_or_end_in_the_middle_of_the_way_are_refused_by_name() {
+    let latent = "uploads/a.8x8.safetensors";
+    for (family, json, expected) in [
+        ("sd1", json!({"denoising_end": 0.8}), "`denoising_end` must be absent for a checkpoint of the family sd1"),
+        (
+            "flux_dev",
+            json!({"denoising_start": 0.8}),
+            "`denoising_start` must be absent for a checkpoint of the family",
+        ),
+        ("sdxl", json!({"denoising_end": 1}), "`denoising_end` must be above 0 and below 1, but is 1"),
+        ("sdxl", json!({"denoising_start": 0}), "`denoising_start` must be above 0 and below 1, but is 0"),
+        ("sdxl", json!({"denoising_start": 0.5}), "`denoising_start` must be absent without `init_image`"),
+        (
+            "sdxl",
+            json!({"init_image": latent, "denoising_start": 0.5, "denoising_end": 0.5}),
+            "`denoising_start` must be below `denoising_end`, which is 0.5, but is 0.5",
+        ),
+        (
+            "sdxl",
+            json!({"init_image": latent, "denoising_start": 0.5, "strength": 0.3}),
+            "`strength` must be absent with `denoising_start`, but is 0.3",
+        ),
+        (
+            "sdxl",
+            json!({"init_image": "uploads/a.png", "mask_image": "uploads/m.png", "masked_content": "noise", "denoising_start": 0.5}),
+            "`masked_content` must be `original` with `denoising_start`",
+        ),
+        ("sd2", json!({"init_image": latent}), "`init_image` must be a picture for a checkpoint of the family sd2"),
+        (
+            "sdxl_inpaint",
+            json!({"init_image": latent}),
+            "`init_image` must be a picture for a checkpoint of the family",
+        ),
+        (
+            "sdxl",
+            json!({"init_image": "uploads/a.png", "mask_image": latent}),
+            "`mask_image` must be the key of a picture",
+        ),
+    ] {
+        let text = of_family(family, json).unwrap_err();
+        assert!(text.starts_with(expected), "{text}");
     }
 }

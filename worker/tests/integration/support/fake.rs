@@ -4,7 +4,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use engine::InitImage;
+use engine::{InitContent, InitImage};
+use farm::latent::LatentFile;
 use farm::spec::RenderSpec;
 use image::{Rgb, RgbImage};
 use worker::resolve::Located;
@@ -103,6 +104,10 @@ impl Renderer for FakeRenderer {
         Ok(latents.iter().map(picture).collect())
     }
 
+    fn hand_over(&self, spec: &RenderSpec) -> LatentFile {
+        LatentFile { channels: 1, height: 1, width: 1, values: vec![spec.seed as f32] }
+    }
+
     fn device(&self) -> String {
         "fake".into()
     }
@@ -127,10 +132,15 @@ impl RowBatch for FakeBatch {
         }
         let mut spec = spec.clone();
         if let Some(init) = init {
-            assert_eq!(init.picture.dimensions(), (spec.width, spec.height), "the picture of {}", spec.prompt);
             // Painted in the colour that it starts from.
-            let [red, green, blue] = init.picture.get_pixel(0, 0).0.map(u64::from);
-            spec.seed = red | green << 8 | blue << 16;
+            spec.seed = match &init.content {
+                InitContent::Picture(picture) => {
+                    assert_eq!(picture.dimensions(), (spec.width, spec.height), "the picture of {}", spec.prompt);
+                    let [red, green, blue] = picture.get_pixel(0, 0).0.map(u64::from);
+                    red | green << 8 | blue << 16
+                }
+                InitContent::Latent(latent) => latent.values()[0] as u64,
+            };
         }
         self.rows.push((row, spec, 0));
         Ok(())
