@@ -45,8 +45,8 @@ pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
 pub use inspect::{InspectedFile, InspectedPart, InspectedTensor, Inspection, inspect};
 pub use pipeline::{
-    Checkpoint, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep, RunningBatch,
-    SkipLayerGuidance, gray, render, resized,
+    Checkpoint, EncoderCounts, InitImage, Latent, LoadOptions, Mask, MaskedContent, MicroConditioning, RowId,
+    RowRequest, RowStep, RunningBatch, SkipLayerGuidance, TextEncoders, gray, render, resized,
 };
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use engine::InitImage;
+use farm::fleet::TextStatus;
 use farm::id::JobId;
 use farm::job::Failure;
 use farm::spec::RenderSpec;
@@ -40,6 +41,8 @@ pub(crate) enum Event {
     Rendered(Box<Rendered>),
     /// The row failed alone.
     Failed(JobId, Failure),
+    /// What text encoders did and take has changed.
+    Text(TextStatus),
 }
 
 /// A picture and how it came about.

@@ -4,6 +4,7 @@ mod batch;
 mod checkpoint;
 mod row;
 
+mod encoders;
 mod family;
 mod flux;
 mod sd;
@@ -22,7 +23,8 @@ use image::RgbImage;
 use crate::{Error, Result};
 
 pub use batch::RunningBatch;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, LoadOptions};
+pub use encoders::{EncoderCounts, TextEncoders};
 pub use mask::gray;
 pub use resize::resized;
 pub use row::{

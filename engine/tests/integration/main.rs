@@ -4,6 +4,7 @@ mod golden;
 mod recipe;
 mod support;
 
+mod encoders;
 mod flux;
 mod init_images;
 mod inspect;
