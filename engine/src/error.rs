@@ -20,6 +20,15 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// Files that a loaded checkpoint has to read again are not those of its loading any more: gone, or others.
+    /// Loading it anew helps.
+    #[error("{}: {problem}; its text encoder cannot be read again before the checkpoint is loaded anew", path.display())]
+    Changed {
+        /// The file or folder.
+        path: PathBuf,
+        /// What has changed.
+        problem: String,
+    },
     /// The request cannot be rendered by this checkpoint. Trying again does not help.
     #[error("`{field}` must be {limit}, but is {value}")]
     Request {

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::config::ConfigFile;
+use crate::sampler::PNDM_ORDER;
 use crate::source::Source;
 use crate::{Error, FamilyKind, PredictionKind, Result};
 
@@ -37,6 +38,10 @@ pub struct CheckpointFacts {
     pub steps: u32,
     /// The guidance scale that suits its family.
     pub guidance_scale: f64,
+    /// Whether PNDM is the sampler that its scheduler's file names.
+    pub samples_by_pndm: bool,
+    /// The fewest steps that PNDM takes with it: more than one where its Runge-Kutta steps are not skipped.
+    pub least_pndm_steps: u32,
     /// The licence that its family came with.
     pub licence: &'static str,
 }
@@ -45,6 +50,7 @@ impl FamilyKind {
     /// What is assumed of a checkpoint of this family while its files are not at hand.
     pub fn assumed(self) -> CheckpointFacts {
         let facts = self.facts();
+        let (samples_by_pndm, least_pndm_steps) = pndm(&facts.scheduler.parse().unwrap_or_default());
         CheckpointFacts {
             family: self,
             width: facts.side,
@@ -57,6 +63,8 @@ impl FamilyKind {
             shift_factor: facts.shift_factor,
             steps: facts.steps,
             guidance_scale: facts.guidance_scale,
+            samples_by_pndm,
+            least_pndm_steps,
             licence: facts.licence,
         }
     }
@@ -88,8 +96,17 @@ fn facts_of(source: &Source) -> Result<CheckpointFacts> {
             (facts.height, facts.width) = (sides[0] * facts.vae_factor, sides[1] * facts.vae_factor);
         }
     }
-    facts.prediction = prediction(&source.scheduler()?)?;
+    let scheduler = source.scheduler()?;
+    facts.prediction = prediction(&scheduler)?;
+    (facts.samples_by_pndm, facts.least_pndm_steps) = pndm(&scheduler.to_value());
     Ok(facts)
+}
+
+/// Whether a scheduler's configuration is PNDM's, and how many steps PNDM takes at least by it.
+fn pndm(scheduler: &Value) -> (bool, u32) {
+    let class = scheduler["_class_name"].as_str().unwrap_or_default();
+    let skips = scheduler["skip_prk_steps"].as_bool().unwrap_or(false);
+    (class == "PNDMScheduler", if skips || class.starts_with("FlowMatch") { 1 } else { PNDM_ORDER as u32 })
 }
 
 /// What a scheduler's configuration says that the denoiser predicts.
@@ -213,6 +230,17 @@ mod tests {
     }
 
     #[test]
+    fn pndm_takes_few_steps_only_without_its_runge_kutta_steps() {
+        assert_eq!(pndm(&json!({"_class_name": "PNDMScheduler"})), (true, 4));
+        assert_eq!(pndm(&json!({"_class_name": "PNDMScheduler", "skip_prk_steps": true})), (true, 1));
+        assert_eq!(pndm(&json!({"_class_name": "DDIMScheduler", "skip_prk_steps": true})), (false, 1));
+        assert_eq!(pndm(&json!({"_class_name": "EulerDiscreteScheduler"})), (false, 4));
+        let (sd1, flux) = (FamilyKind::Sd1.assumed(), FamilyKind::FluxDev.assumed());
+        assert_eq!((sd1.samples_by_pndm, sd1.least_pndm_steps), (true, 1));
+        assert_eq!((flux.samples_by_pndm, flux.least_pndm_steps), (false, 1));
+    }
+
+    #[test]
     fn the_siblings_of_sdxl_differ_in_encoders_channels_and_spacing() {
         let (encoder, none) = (json!(["transformers", "CLIPTextModel"]), json!([null, null]));
         let of = |encoder: &Value, channels: usize, spacing: &str| {
@@ -273,6 +301,8 @@ mod tests {
             scaling_factor: 0.25,
             shift_factor: 0.5,
             prediction: PredictionKind::Sample,
+            samples_by_pndm: false,
+            least_pndm_steps: 4,
             ..FamilyKind::Sd1.assumed()
         };
         assert_eq!(found, expected);

@@ -45,8 +45,8 @@ pub use facts::{CheckpointFacts, facts};
 pub use family::{FAMILIES, FamilyFacts, FamilyKind, PredictionKind};
 pub use inspect::{InspectedFile, InspectedPart, InspectedTensor, Inspection, inspect};
 pub use pipeline::{
-    Checkpoint, InitContent, InitImage, Latent, Mask, MaskedContent, MicroConditioning, RowId, RowRequest, RowStep,
-    RunningBatch, SkipLayerGuidance, denoise, gray, render, resized,
+    Checkpoint, EncoderCounts, InitContent, InitImage, Latent, LoadOptions, Mask, MaskedContent, MicroConditioning,
+    RowId, RowRequest, RowStep, RunningBatch, SkipLayerGuidance, TextEncoders, denoise, gray, render, resized,
 };
 pub use sampler::{SamplerKind, ScheduleKind};
 pub use text::CacheCounts;

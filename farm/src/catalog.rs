@@ -43,6 +43,12 @@ pub struct ModelFacts {
     pub sampler: Option<Sampler>,
     /// Default schedule; `None`: what the checkpoint's scheduler configuration says.
     pub schedule: Option<Schedule>,
+    /// Whether PNDM is the sampler that the checkpoint's scheduler configuration names.
+    #[serde(default)]
+    pub samples_by_pndm: bool,
+    /// The fewest steps that PNDM takes with it.
+    #[serde(default = "ModelFacts::one")]
+    pub least_pndm_steps: u32,
     /// What its denoiser predicts: `epsilon`, `v_prediction`, `sample` or `flow`.
     #[serde(default)]
     pub prediction: Option<String>,
@@ -111,6 +117,8 @@ impl ModelFacts {
             guidance_scale: 7.5,
             sampler: None,
             schedule: None,
+            samples_by_pndm: false,
+            least_pndm_steps: 1,
             prediction: None,
             latent_channels: None,
             scaling_factor: None,

@@ -205,6 +205,12 @@ pub struct WorkerConfig {
     /// On a CPU that shows in no bit of a picture; on a GPU it may show in the last one, so all workers of a farm
     /// should have the same. Default: half of the memory that is free on a CPU, four gigabytes on a GPU.
     pub vae_bytes: Option<u64>,
+    /// `keep`, `drop` or `auto`: whether text encoders stay in memory while rows are denoised. One that was let go is
+    /// read again when a prompt comes whose embedding is not remembered; prompts that wait are encoded along with it.
+    /// `auto` keeps those that leave room for pictures.
+    pub text_encoders: String,
+    /// Bytes of prompts' embeddings that are remembered.
+    pub embedding_bytes: u64,
     /// Rows of a batch at most.
     pub max_batch: u32,
     /// Leases held beside the running batch, so that the device never waits.
@@ -238,6 +244,8 @@ impl Default for WorkerConfig {
             device: None,
             dtype: None,
             vae_bytes: None,
+            text_encoders: "auto".into(),
+            embedding_bytes: 256 << 20,
             max_batch: 8,
             window: 16,
             lease_seconds: 60.0,

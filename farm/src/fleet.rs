@@ -30,6 +30,24 @@ pub struct WorkerStatus {
     pub failed: u64,
     /// Checkpoints it has loaded since it started.
     pub loads: u64,
+    /// What its text encoders do and take.
+    #[serde(flatten)]
+    pub text: TextStatus,
+}
+
+/// What a worker's text encoders, and the embeddings of prompts that it remembers, do and take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TextStatus {
+    /// Embeddings that were remembered, since the worker started.
+    pub embedding_hits: u64,
+    /// Embeddings that had to be computed, since the worker started.
+    pub embedding_misses: u64,
+    /// Bytes of embeddings that are remembered now.
+    pub embedding_bytes: u64,
+    /// How often a text encoder's weights were read, since the worker started.
+    pub encoder_reads: u64,
+    /// About how many bytes of text encoders' weights are in memory now.
+    pub encoder_bytes: u64,
 }
 
 /// A worker as the store knows it.

@@ -63,6 +63,8 @@ fn in_the_farms_words(found: &CheckpointFacts) -> ModelFacts {
         patch: number(found.patch),
         steps: found.steps,
         guidance_scale: found.guidance_scale,
+        samples_by_pndm: found.samples_by_pndm,
+        least_pndm_steps: found.least_pndm_steps,
         prediction: Some(found.prediction.as_str().to_owned()),
         latent_channels: Some(number(found.latent_channels)),
         scaling_factor: Some(found.scaling_factor),

@@ -1,8 +1,10 @@
 //! What the scheduler counts about itself. One value, cloned to whoever counts; `/metrics` writes it out.
 
 use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use farm::fleet::WorkerStatus;
 use farm::job::JobState;
 use farm::message::QueueKey;
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -10,7 +12,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Registry, Unit};
 
 /// Upper ends of the latency buckets in seconds.
 const LATENCY_BUCKETS: [f64; 12] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0];
@@ -37,6 +39,11 @@ struct QueueLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StateLabels {
     state: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct WorkerLabels {
+    worker: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -67,6 +74,11 @@ pub(crate) struct Metrics {
     queue_queued: Family<QueueLabels, Gauge>,
     queue_ready: Family<QueueLabels, Gauge>,
     workers_alive: Gauge,
+    embedding_hits: Family<WorkerLabels, Counter>,
+    embedding_misses: Family<WorkerLabels, Counter>,
+    embedding_bytes: Family<WorkerLabels, Gauge>,
+    encoder_reads: Family<WorkerLabels, Counter>,
+    encoder_bytes: Family<WorkerLabels, Gauge>,
     unread: Family<LoopLabels, Gauge>,
 }
 
@@ -106,6 +118,11 @@ impl Metrics {
             queue_queued: Family::default(),
             queue_ready: Family::default(),
             workers_alive: Gauge::default(),
+            embedding_hits: Family::default(),
+            embedding_misses: Family::default(),
+            embedding_bytes: Family::default(),
+            encoder_reads: Family::default(),
+            encoder_bytes: Family::default(),
             unread: Family::default(),
         }
     }
@@ -171,8 +188,27 @@ impl Metrics {
         }
     }
 
-    pub(crate) fn read_workers(&self, alive: u64) {
-        self.workers_alive.set(gauge(alive));
+    /// Sets what is known of the workers that are alive; those of the others vanish.
+    pub(crate) fn read_workers(&self, alive: &[WorkerStatus]) {
+        self.workers_alive.set(gauge(alive.len() as u64));
+        for family in [&self.embedding_hits, &self.embedding_misses, &self.encoder_reads] {
+            family.clear();
+        }
+        for family in [&self.embedding_bytes, &self.encoder_bytes] {
+            family.clear();
+        }
+        for WorkerStatus { worker_id, text, .. } in alive {
+            let labels = WorkerLabels { worker: worker_id.0.clone() };
+            // Counted by the worker; set here, so that readings at the same time agree.
+            let count = |family: &Family<WorkerLabels, Counter>, value: u64| {
+                family.get_or_create(&labels).inner().store(value, Relaxed);
+            };
+            count(&self.embedding_hits, text.embedding_hits);
+            count(&self.embedding_misses, text.embedding_misses);
+            count(&self.encoder_reads, text.encoder_reads);
+            self.embedding_bytes.get_or_create(&labels).set(gauge(text.embedding_bytes));
+            self.encoder_bytes.get_or_create(&labels).set(gauge(text.encoder_bytes));
+        }
     }
 
     /// Whether the gauges that come from `name` could be read this time.
@@ -213,10 +249,24 @@ impl Metrics {
         registry.register("queue_queued", "Of those, jobs that are on the broker", self.queue_queued.clone());
         registry.register("queue_ready", "Messages of a queue that no worker holds", self.queue_ready.clone());
         registry.register("workers_alive", "Workers heard of lately", self.workers_alive.clone());
+        self.register_text(&mut registry);
         registry.register("unread", "1 if the gauges from this source are stale", self.unread.clone());
         let mut out = String::new();
         text::encode(&mut out, &registry)?;
         Ok(out)
+    }
+
+    fn register_text(&self, registry: &mut Registry) {
+        let hits = "Embeddings of prompts that a worker remembered";
+        registry.register("worker_embedding_hits", hits, self.embedding_hits.clone());
+        let misses = "Embeddings of prompts that a worker had to compute";
+        registry.register("worker_embedding_misses", misses, self.embedding_misses.clone());
+        let bytes = "Embeddings that a worker remembers";
+        registry.register_with_unit("worker_embedding", bytes, Unit::Bytes, self.embedding_bytes.clone());
+        let reads = "Times that a worker read a text encoder's weights";
+        registry.register("worker_encoder_reads", reads, self.encoder_reads.clone());
+        let bytes = "Weights of text encoders in a worker's memory, about";
+        registry.register_with_unit("worker_encoder", bytes, Unit::Bytes, self.encoder_bytes.clone());
     }
 }
 

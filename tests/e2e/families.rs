@@ -6,7 +6,7 @@ use std::time::Duration;
 use image::RgbImage;
 use serde_json::{Value, json};
 
-use crate::support::{Farm, repository, services};
+use crate::support::{Farm, eventually, repository, services};
 
 /// Each with the list that has its pictures.
 const CHECKPOINTS: [(&str, &str); 8] = [
@@ -78,7 +78,12 @@ async fn every_family_renders_diffusers_pictures_with_complete_metadata() {
     let fixtures = repository().join("engine/tests/fixtures");
     let folder = |name: &str| fixtures.join("checkpoints").join(name).display().to_string();
     let models = CHECKPOINTS.map(|(name, _)| format!("{name}={}", folder(name))).join(",");
-    let more = [("KILN_MODELS", models), ("KILN_WORKER_DTYPE", "f32".to_owned())];
+    let more = [
+        ("KILN_MODELS", models),
+        ("KILN_WORKER_DTYPE", "f32".to_owned()),
+        // Every encoder is read anew for prompts that are new; that must not show.
+        ("KILN_WORKER_TEXT_ENCODERS", "drop".to_owned()),
+    ];
     let farm = Farm::start_with(services().await, 1, &more).await;
 
     let goldens = goldens(&fixtures);
@@ -100,6 +105,25 @@ async fn every_family_renders_diffusers_pictures_with_complete_metadata() {
             serde_json::from_slice(&farm.client.bytes(&format!("/v1/jobs/{id}/sidecar")).await).expect("JSON");
         check_sidecar(&golden.job, &sidecar["spec"]);
     }
+    check_metrics(&farm).await;
+}
+
+/// What the worker's text encoders did is seen by who watches the scheduler.
+async fn check_metrics(farm: &Farm) {
+    let [hits, misses, reads] = ["embedding_hits_total", "embedding_misses_total", "encoder_reads_total"];
+    eventually("a heartbeat says that all prompts were encoded", Duration::from_secs(30), || async {
+        let text = String::from_utf8(farm.client.bytes("/metrics").await).expect("text");
+        let sample = |name: &str| -> f64 {
+            let name = format!("kiln_worker_{name}{{");
+            let line = text.lines().find(|line| line.starts_with(&name)).unwrap_or_else(|| panic!("{name}: {text}"));
+            line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+        };
+        assert!(sample(reads) <= sample(misses), "{text}");
+        // Prompts of one picture are new to at least one encoder; some pictures of a checkpoint share prompts.
+        let all = sample(misses) >= CHECKPOINTS.len() as f64 && sample(hits) >= 1.0 && sample(reads) >= 8.0;
+        (all && sample("encoder_bytes") == 0.0 && sample("embedding_bytes") > 0.0).then_some(())
+    })
+    .await;
 }
 
 /// The sidecar's spec must hold all that was asked for.

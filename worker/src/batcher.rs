@@ -96,6 +96,11 @@ impl Batcher {
         self.rows.iter().filter(|(_, row)| row.running && row.key == *key).map(|(id, _)| *id).collect()
     }
 
+    /// The rows that have not joined, in order of arrival.
+    pub(crate) fn waiting(&self) -> Vec<RowId> {
+        self.rows.iter().filter(|(_, row)| !row.running).map(|(id, _)| *id).collect()
+    }
+
     /// Rows of a key that may share a pass.
     pub(crate) fn limit(&self, key: &BatchKey) -> usize {
         self.fitting.get(key).map_or(self.max_batch, |fitting| self.max_batch.min(*fitting))
@@ -188,6 +193,7 @@ mod tests {
         let rows: Vec<_> = (0..3).map(|_| bench.add(64, Lane::Bulk, 0)).collect();
         assert_eq!(bench.plan(0), (64, rows[..2].to_vec()));
         assert_eq!(bench.plan(1), (64, vec![]));
+        assert_eq!(bench.batcher.waiting(), rows[2..]);
         bench.batcher.remove(rows[0]);
         assert_eq!(bench.plan(2), (64, vec![rows[2]]));
         assert_eq!(bench.batcher.running(&key(64)), rows[1..]);

@@ -11,7 +11,7 @@ use farm::broker::SharedBroker;
 use farm::catalog::Catalog;
 use farm::clock::Clock;
 use farm::config::{WorkerConfig, seconds};
-use farm::fleet::WorkerStatus;
+use farm::fleet::{TextStatus, WorkerStatus};
 use farm::id::WorkerId;
 use farm::job::{Failure, FailureKind};
 use farm::spec::Limits;
@@ -43,6 +43,7 @@ pub(crate) struct Tally {
     pub(crate) released: AtomicU64,
     pub(crate) lost: AtomicU64,
     pub(crate) loads: AtomicU64,
+    pub(crate) text: Mutex<TextStatus>,
     failures_in_row: AtomicU32,
 }
 
@@ -106,6 +107,7 @@ impl Context {
             done: self.tally.done.load(Relaxed),
             failed: self.tally.failed.load(Relaxed),
             loads: self.tally.loads.load(Relaxed),
+            text: *self.tally.text.lock().expect("no holder of this lock panics"),
         }
     }
 

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use engine::InitImage;
+use farm::fleet::TextStatus;
 use farm::id::JobId;
 use farm::job::Failure;
 use farm::latent::LatentFile;
@@ -41,6 +42,8 @@ pub(crate) enum Event {
     Rendered(Box<Rendered>),
     /// The row failed alone.
     Failed(JobId, Failure),
+    /// What text encoders did and take has changed.
+    Text(TextStatus),
 }
 
 /// What a row has become.

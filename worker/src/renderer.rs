@@ -4,8 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use engine::{Checkpoint, Device, DeviceChoice, InitImage, Precision, RowId, RowRequest, RunningBatch};
+use engine::{
+    Checkpoint, Device, DeviceChoice, InitImage, LoadOptions, Precision, RowId, RowRequest, RunningBatch, TextEncoders,
+};
 use farm::config::WorkerConfig;
+use farm::fleet::TextStatus;
 use farm::job::{Failure, FailureKind};
 use farm::latent::LatentFile;
 use farm::spec::RenderSpec;
@@ -20,6 +23,8 @@ pub enum RenderError {
     Invalid(String),
     /// Memory did not suffice; fewer rows may fit.
     OutOfMemory(String),
+    /// This worker cannot any more what it could before; another may.
+    Unavailable(String),
     /// The call failed otherwise.
     Broken(String),
     /// The call panicked: what it worked on is not to be trusted any more.
@@ -29,7 +34,10 @@ pub enum RenderError {
 impl fmt::Display for RenderError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Invalid(message) | Self::OutOfMemory(message) | Self::Broken(message) => f.write_str(message),
+            Self::Invalid(message)
+            | Self::OutOfMemory(message)
+            | Self::Unavailable(message)
+            | Self::Broken(message) => f.write_str(message),
             Self::Panicked(message) => write!(f, "the renderer panicked: {message}"),
         }
     }
@@ -41,6 +49,7 @@ impl From<engine::Error> for RenderError {
         match error {
             engine::Error::Checkpoint { .. } | engine::Error::Request { .. } => Self::Invalid(message),
             engine::Error::OutOfMemory(_) => Self::OutOfMemory(message),
+            engine::Error::Changed { .. } => Self::Unavailable(message),
             engine::Error::NotFinite { .. } => Self::Broken("the picture left the range of finite numbers".into()),
             engine::Error::Device(_) => Self::Broken(message),
         }
@@ -53,6 +62,7 @@ impl From<RenderError> for Failure {
         let kind = match error {
             RenderError::Invalid(_) => FailureKind::Invalid,
             RenderError::OutOfMemory(_) => FailureKind::OutOfMemory,
+            RenderError::Unavailable(_) => FailureKind::Retryable,
             RenderError::Broken(_) | RenderError::Panicked(_) => FailureKind::Poison,
         };
         Failure { kind, message: error.to_string() }
@@ -84,6 +94,13 @@ pub trait Renderer: Send + 'static {
 
     /// An empty batch for pictures of `width` × `height` pixels. Called with a checkpoint loaded.
     fn batch(&self, width: u32, height: u32) -> Self::Batch;
+
+    /// Told before rows join: makes ready what the `joining` ones need and, where that is costly to begin with, what
+    /// the `waiting` ones will need later. What goes wrong shows when the row joins.
+    fn prepare(&self, joining: &[&RenderSpec], waiting: &[&RenderSpec]);
+
+    /// What text encoders did and take, over all checkpoints so far.
+    fn text(&self) -> TextStatus;
 
     /// Turns latents into pictures, in order.
     fn decode(&self, latents: &[Self::Latent]) -> Result<Vec<RgbImage>, RenderError>;
@@ -135,7 +152,11 @@ pub struct EngineRenderer {
     device: Device,
     precision: Precision,
     vae_bytes: Option<usize>,
+    text_encoders: TextEncoders,
+    embedding_bytes: usize,
     checkpoint: Option<Arc<Checkpoint>>,
+    /// What the text encoders of earlier checkpoints did.
+    before: TextStatus,
 }
 
 impl EngineRenderer {
@@ -145,8 +166,16 @@ impl EngineRenderer {
     /// If there is no such device or this build cannot use it.
     pub fn open(config: &WorkerConfig) -> anyhow::Result<Self> {
         let (device, precision) = open_device(config)?;
-        let vae_bytes = config.vae_bytes.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
-        Ok(Self { device, precision, vae_bytes, checkpoint: None })
+        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        Ok(Self {
+            device,
+            precision,
+            vae_bytes: config.vae_bytes.map(bytes),
+            text_encoders: config.text_encoders.parse().context("worker.text_encoders")?,
+            embedding_bytes: bytes(config.embedding_bytes),
+            checkpoint: None,
+            before: TextStatus::default(),
+        })
     }
 
     fn loaded(&self) -> &Arc<Checkpoint> {
@@ -159,16 +188,41 @@ impl Renderer for EngineRenderer {
     type Batch = EngineBatch;
 
     fn load(&mut self, Located { path, parts, family }: &Located) -> Result<(), RenderError> {
+        self.before = TextStatus { embedding_bytes: 0, encoder_bytes: 0, ..self.text() };
         self.checkpoint = None;
-        let family = family.as_deref().map(str::parse).transpose()?;
-        let checkpoint = Checkpoint::load_with(path, parts.as_deref(), family, &self.device, self.precision)?
-            .with_vae_bytes(self.vae_bytes);
+        let options = LoadOptions {
+            beside: parts.as_deref(),
+            family: family.as_deref().map(str::parse).transpose()?,
+            text_encoders: self.text_encoders,
+            embedding_bytes: Some(self.embedding_bytes),
+        };
+        let checkpoint = Checkpoint::load_with(path, &self.device, self.precision, options)?;
+        let checkpoint = checkpoint.with_vae_bytes(self.vae_bytes);
         self.checkpoint = Some(Arc::new(checkpoint));
         Ok(())
     }
 
     fn batch(&self, width: u32, height: u32) -> EngineBatch {
         EngineBatch(RunningBatch::new(Arc::clone(self.loaded()), width as usize, height as usize))
+    }
+
+    fn prepare(&self, joining: &[&RenderSpec], waiting: &[&RenderSpec]) {
+        let requests = |specs: &[&RenderSpec]| -> Vec<RowRequest> {
+            specs.iter().filter_map(|spec| row_request(spec).ok()).collect()
+        };
+        self.loaded().prepare(&requests(joining), &requests(waiting));
+    }
+
+    fn text(&self) -> TextStatus {
+        let Some(checkpoint) = &self.checkpoint else { return self.before };
+        let (embeddings, encoders) = (checkpoint.embedding_counts(), checkpoint.encoder_counts());
+        TextStatus {
+            embedding_hits: self.before.embedding_hits + embeddings.hits,
+            embedding_misses: self.before.embedding_misses + embeddings.misses,
+            embedding_bytes: embeddings.bytes as u64,
+            encoder_reads: self.before.encoder_reads + encoders.reads,
+            encoder_bytes: encoders.held_bytes as u64,
+        }
     }
 
     fn decode(&self, latents: &[engine::Latent]) -> Result<Vec<RgbImage>, RenderError> {
@@ -248,5 +302,19 @@ fn micro_conditioning(asked: &farm::spec::MicroConditioning) -> engine::MicroCon
         original_size: asked.original_size.map(pair),
         crop: pair(asked.crop),
         target_size: asked.target_size.map(pair),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_that_needs_files_which_have_changed_is_left_to_other_workers() {
+        let problem = "it is gone".to_owned();
+        let error = RenderError::from(engine::Error::Changed { path: "/weights/t5.safetensors".into(), problem });
+        let failure = Failure::from(error);
+        assert_eq!(failure.kind, FailureKind::Retryable);
+        assert!(failure.message.starts_with("/weights/t5.safetensors: it is gone"), "{}", failure.message);
     }
 }

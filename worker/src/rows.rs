@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use engine::{InitImage, RowId};
 use farm::batch_key::BatchKey;
+use farm::fleet::TextStatus;
 use farm::id::JobId;
 use farm::spec::RenderSpec;
 use tokio::sync::mpsc;
@@ -46,6 +47,8 @@ pub(crate) struct Rows<R: Renderer> {
     tracks: HashMap<RowId, Track>,
     /// Latents that decode at once, where more have been seen not to fit into memory.
     decodable: HashMap<BatchKey, usize>,
+    /// What the renderer last said of its text encoders.
+    text: TextStatus,
     events: mpsc::UnboundedSender<Event>,
 }
 
@@ -58,6 +61,7 @@ impl<R: Renderer> Rows<R> {
             alone: HashMap::new(),
             tracks: HashMap::new(),
             decodable: HashMap::new(),
+            text: TextStatus::default(),
             events,
         }
     }
@@ -71,7 +75,9 @@ impl<R: Renderer> Rows<R> {
             return Err(RenderError::Broken("rows of another checkpoint are still running".into()));
         }
         self.shared.clear();
-        guarded(|| self.renderer.load(located))
+        let loaded = guarded(|| self.renderer.load(located));
+        self.tell_text();
+        loaded
     }
 
     pub(crate) fn add(&mut self, NewRow { job_id, spec, init }: NewRow) {
@@ -96,6 +102,7 @@ impl<R: Renderer> Rows<R> {
     /// One step boundary: rows join, those of one key make a step, finished ones become pictures.
     pub(crate) fn step(&mut self) {
         let Some(Plan { key, join }) = self.batcher.plan(Instant::now()) else { return };
+        self.prepare(&join);
         join.into_iter().for_each(|row| self.join(&key, row));
         let mut finished = Vec::new();
         let (alone, together): (Vec<_>, Vec<_>) =
@@ -109,6 +116,24 @@ impl<R: Renderer> Rows<R> {
         let finished = self.hand_over(finished);
         self.decode(&key, finished);
         self.shared.retain(|key, _| !self.batcher.running(key).is_empty());
+        self.tell_text();
+    }
+
+    /// Has the renderer get ready for the rows that join, and for all that wait.
+    fn prepare(&mut self, join: &[RowId]) {
+        if join.is_empty() {
+            return;
+        }
+        let spec = |row: &RowId| self.tracks.get(row).map(|track| track.spec.as_ref());
+        let joining: Vec<&RenderSpec> = join.iter().filter_map(spec).collect();
+        let waiting: Vec<&RenderSpec> = self.batcher.waiting().iter().filter_map(spec).collect();
+        let prepared = guarded(|| {
+            self.renderer.prepare(&joining, &waiting);
+            Ok(())
+        });
+        if let Err(error) = prepared {
+            tracing::warn!(%error, rows = joining.len(), "rows join unprepared");
+        }
     }
 
     fn join(&mut self, key: &BatchKey, row: RowId) {
@@ -286,6 +311,14 @@ impl<R: Renderer> Rows<R> {
             largest_batch: track.largest_batch,
             mean_batch: track.rows_in_passes as f64 / f64::from(track.passes.max(1)),
         })));
+    }
+
+    fn tell_text(&mut self) {
+        let text = self.renderer.text();
+        if text != self.text {
+            self.text = text;
+            self.tell(Event::Text(text));
+        }
     }
 
     /// Nobody listens any more once the worker stops.

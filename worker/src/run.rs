@@ -208,6 +208,7 @@ async fn listen(context: Arc<Context>, mut events: mpsc::UnboundedReceiver<Event
                 }
             }
             Event::Rendered(rendered) => drop(context.tasks.spawn(Arc::clone(&delivery).deliver(*rendered))),
+            Event::Text(text) => *context.tally.text.lock().expect("no holder of this lock panics") = text,
             Event::Failed(job, failure) => {
                 let of_task = Arc::clone(&context);
                 context.tasks.spawn(async move { settle::failed(&of_task, job, failure).await });

@@ -68,6 +68,11 @@ impl Place {
         self.on_host().map_or(self.dtype.size_in_bytes(), Format::bytes)
     }
 
+    /// Whether quantised matrices stay as they are here.
+    pub fn keeps_blocks(&self) -> bool {
+        self.on_host().is_some()
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.device
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use image::RgbImage;
 use rayon::prelude::*;
 
+use super::encoders::{self, EncoderCounts, TextEncoders};
 use super::family::{Conditions, Family, ModelRow, Parts};
 use super::{flux, picture, sd, sd3, sdxl};
 use crate::config::ConfigFile;
@@ -16,8 +17,9 @@ use crate::text::EmbeddingCache;
 use crate::vae::Vae;
 use crate::{CacheCounts, Device, Error, FamilyKind, Latent, Precision, Result, RowRequest};
 
-/// Room for the embeddings of prompts that were seen before.
-const EMBEDDING_BYTES: usize = 64 << 20;
+/// Room for the embeddings of prompts that were seen before, unless it is asked for more or less: the widest take
+/// eight megabytes.
+const EMBEDDING_BYTES: usize = 256 << 20;
 
 /// Pixels that are decoded together.
 const DECODED_PIXELS: usize = 512 * 512;
@@ -40,6 +42,19 @@ const PIPELINES: [(&str, Load); 12] = [
     ("FluxInpaintPipeline", flux::load),
 ];
 
+/// How a checkpoint is loaded, where there is a choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions<'a> {
+    /// A folder that has the parts that a single file lacks.
+    pub beside: Option<&'a Path>,
+    /// The family that it is told to be, where its files do not tell.
+    pub family: Option<FamilyKind>,
+    /// Whether text encoders stay in memory.
+    pub text_encoders: TextEncoders,
+    /// Bytes of embeddings and prompts that are remembered at most; `None`: 256 megabytes.
+    pub embedding_bytes: Option<usize>,
+}
+
 /// A base model's weights on a device, ready to render. Shared through an `Arc` by the batches that
 /// use it.
 pub struct Checkpoint {
@@ -58,22 +73,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Checkpoint`] naming the file and the tensors or fields at fault.
     pub fn load(path: &Path, device: &Device, precision: Precision) -> Result<Self> {
-        Self::load_with(path, None, None, device, precision)
+        Self::load_with(path, device, precision, LoadOptions::default())
     }
 
-    /// [`Checkpoint::load`] with the parts that a single file lacks from a folder `beside` it, and as the
-    /// `family` that it is told to be, where its files do not tell.
+    /// [`Checkpoint::load`] with options.
     ///
     /// # Errors
     /// As [`Checkpoint::load`].
-    pub fn load_with(
-        path: &Path,
-        beside: Option<&Path>,
-        family: Option<FamilyKind>,
-        device: &Device,
-        precision: Precision,
-    ) -> Result<Self> {
-        let source = &Source::open(path, beside, family)?;
+    pub fn load_with(path: &Path, device: &Device, precision: Precision, options: LoadOptions<'_>) -> Result<Self> {
+        let source = &Source::open(path, options.beside, options.family)?;
         let index = &source.index()?;
         let class = index.word("_class_name")?.unwrap_or("StableDiffusionPipeline");
         let Some((_, load)) = PIPELINES.iter().find(|(name, _)| *name == class) else {
@@ -89,8 +97,13 @@ impl Checkpoint {
         let vae = Vae::load(source.part("vae"), place)?;
         let family = load(&Parts { source, index, vae: &vae.config, place })?;
         let sampler = if family.overrules_sampler() { sampler } else { sampler.taken_as_written() };
-        let embeddings = EmbeddingCache::new(EMBEDDING_BYTES);
-        Ok(Self { device: device.clone(), family, vae, sampler, embeddings, vae_bytes: None })
+        let embeddings = EmbeddingCache::new(options.embedding_bytes.unwrap_or(EMBEDDING_BYTES));
+        let checkpoint = Self { device: device.clone(), family, vae, sampler, embeddings, vae_bytes: None };
+        // The VAE takes half of what is free, and the denoiser not more than that.
+        let (width, height) = checkpoint.native_size();
+        let reserve = checkpoint.vae.picture_bytes(height, width).saturating_mul(2);
+        options.text_encoders.settle(checkpoint.family.as_ref(), device, reserve)?;
+        Ok(checkpoint)
     }
 
     /// The same checkpoint, whose VAE takes about so many bytes for its activations: larger maps are computed in
@@ -126,6 +139,18 @@ impl Checkpoint {
     /// How often prompts' embeddings were remembered.
     pub fn embedding_counts(&self) -> CacheCounts {
         self.embeddings.counts()
+    }
+
+    /// What its text encoders take and did.
+    pub fn encoder_counts(&self) -> EncoderCounts {
+        encoders::counts(self.family.as_ref())
+    }
+
+    /// Encodes the prompts of rows that are about to join, where that needs encoders that are not in memory, and those
+    /// of rows that wait for later along with them: each encoder is then read once for all of these rows. Rows may join
+    /// without it.
+    pub fn prepare(&self, joining: &[RowRequest], waiting: &[RowRequest]) {
+        encoders::prepare(self.family.as_ref(), &self.embeddings, &self.device, [joining, waiting]);
     }
 
     /// Turns final latents into pictures, in their order. Neighbours of one shape are decoded together
@@ -198,6 +223,8 @@ impl Checkpoint {
     /// One denoiser call over these model rows; `shape` is one latent's channels, height and width. One
     /// output per row, on the host.
     pub(super) fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<Vec<f32>>> {
+        // All rows that were to join have joined: memory is the denoiser's now.
+        encoders::let_go(self.family.as_ref());
         let parts = self.device.parts(self.family.weight_bytes()).clamp(1, rows.len().max(1));
         // Rows do not depend on each other: how they are cut never shows.
         let outputs = self.device.run(|| match parts {

@@ -8,7 +8,7 @@ use crate::guidance::{guide, is_guided, push};
 use crate::ops::{Place, Tensor};
 use crate::sampler::Flow;
 use crate::source::Source;
-use crate::text::EmbeddingCache;
+use crate::text::{EmbeddingCache, TextEncoder};
 use crate::vae::VaeConfig;
 use crate::{Error, Result, RowRequest};
 
@@ -104,6 +104,17 @@ pub(super) trait Family: Send + Sync {
     /// What the row listens to.
     fn condition(&self, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditions>;
 
+    /// Its text encoders.
+    fn encoders(&self) -> Vec<&dyn TextEncoder>;
+
+    /// The prompts that the row listens to, each through all encoders.
+    fn prompts<'a>(&self, request: &'a RowRequest) -> Vec<&'a str>;
+
+    /// Tokens that T5 makes of them, in families with T5.
+    fn tokens(&self, _request: &RowRequest) -> Result<usize> {
+        Ok(0)
+    }
+
     /// One denoiser call: an output for each row, row after row, of latents with `shape`'s channels, height
     /// and width.
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>>;
@@ -170,6 +181,12 @@ impl Parts<'_> {
         let problem = format!("`{field}` must be {what} ({expected}), but is {value}");
         Err(Error::checkpoint(self.source.path(part).join("config.json"), problem))
     }
+}
+
+/// The request's prompt, and the negative one if the row is guided away from that.
+pub(super) fn prompts_of(request: &RowRequest, guided: bool) -> Vec<&str> {
+    let negative = guided.then_some(request.negative_prompt.as_str());
+    std::iter::once(request.prompt.as_str()).chain(negative).collect()
 }
 
 /// Tokens that a request's prompts become for T5; `usual` where it does not say.

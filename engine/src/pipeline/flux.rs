@@ -5,11 +5,11 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/flux/pipeline_flux.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts};
-use super::family::{call_alike, numbers, pooled, samples, t5_tokens, timesteps, tokens};
+use super::family::{call_alike, numbers, pooled, prompts_of, samples, t5_tokens, timesteps, tokens};
 use crate::denoiser::{FLUX_PATCH, FluxInputs, FluxTransformer};
 use crate::guidance::is_guided;
 use crate::sampler::Flow;
-use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text};
+use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text, TextEncoder};
 use crate::{Result, RowRequest};
 
 /// Tokens that T5 makes of a prompt: those that `dev` and `schnell` were trained with.
@@ -49,7 +49,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
 impl Flux {
     fn embed(&self, prompt: &str, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditioning> {
         let pooled = self.text.embed(prompt, cache)?.pooled;
-        let tokens = self.text_2.embed(prompt, t5_tokens(request, self.words)?, cache)?.states;
+        let tokens = self.text_2.embed(prompt, self.tokens(request)?, cache)?.states;
         Ok(Conditioning { tokens, pooled, numbers: [request.guidance_scale as f32].into() })
     }
 
@@ -65,16 +65,32 @@ impl Flux {
     }
 }
 
+fn true_cfg_scale(request: &RowRequest) -> f64 {
+    request.true_cfg_scale.unwrap_or(1.0)
+}
+
 impl Family for Flux {
     fn condition(&self, request: &RowRequest, cache: &EmbeddingCache) -> Result<Conditions> {
         let embed = |prompt: &str| self.embed(prompt, request, cache);
-        let scale = request.true_cfg_scale.unwrap_or(1.0);
+        let scale = true_cfg_scale(request);
         Ok(Conditions {
             positive: embed(&request.prompt)?,
             negative: is_guided(scale).then(|| embed(&request.negative_prompt)).transpose()?,
             guidance_scale: scale,
             skipping: None,
         })
+    }
+
+    fn encoders(&self) -> Vec<&dyn TextEncoder> {
+        vec![&self.text, &self.text_2]
+    }
+
+    fn prompts<'a>(&self, request: &'a RowRequest) -> Vec<&'a str> {
+        prompts_of(request, is_guided(true_cfg_scale(request)))
+    }
+
+    fn tokens(&self, request: &RowRequest) -> Result<usize> {
+        t5_tokens(request, self.words)
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {

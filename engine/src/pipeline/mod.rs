@@ -5,6 +5,7 @@ mod calls;
 mod checkpoint;
 mod row;
 
+mod encoders;
 mod family;
 mod flux;
 mod sd;
@@ -23,7 +24,8 @@ use image::RgbImage;
 use crate::{Error, Result};
 
 pub use batch::RunningBatch;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, LoadOptions};
+pub use encoders::{EncoderCounts, TextEncoders};
 pub use mask::gray;
 pub use resize::resized;
 pub use row::{

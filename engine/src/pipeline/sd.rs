@@ -3,10 +3,10 @@
 //! Reference: Rombach et al. 2022, <https://arxiv.org/abs/2112.10752>;
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py>
 
-use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, samples, timesteps, tokens};
+use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, prompts_of, samples, timesteps, tokens};
 use crate::denoiser::UNet;
 use crate::guidance::is_guided;
-use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States};
+use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, TextEncoder};
 use crate::{Result, RowRequest};
 
 struct StableDiffusion {
@@ -60,6 +60,14 @@ impl Family for StableDiffusion {
             guidance_scale: request.guidance_scale,
             skipping: None,
         })
+    }
+
+    fn encoders(&self) -> Vec<&dyn TextEncoder> {
+        vec![&self.text]
+    }
+
+    fn prompts<'a>(&self, request: &'a RowRequest) -> Vec<&'a str> {
+        prompts_of(request, is_guided(request.guidance_scale))
     }
 
     fn denoise(&self, rows: &[ModelRow], [_, height, width]: [usize; 3]) -> Result<Vec<f32>> {

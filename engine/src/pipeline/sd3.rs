@@ -5,12 +5,12 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts, Skipping};
-use super::family::{call_alike, pooled, samples, t5_tokens, timesteps, tokens};
+use super::family::{call_alike, pooled, prompts_of, samples, t5_tokens, timesteps, tokens};
 use crate::denoiser::{Mmdit, Prompts};
 use crate::guidance::is_guided;
 use crate::ops::{self, Place, Tensor};
 use crate::sampler::Flow;
-use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text};
+use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, T5Text, TextEncoder};
 use crate::{Error, Result, RowRequest};
 
 /// Tokens that T5 makes of a prompt unless a request says otherwise.
@@ -56,7 +56,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
     if let LongText::T5(t5) = &text_3 {
         fit("joint_attention_dim", config.context, t5.width(), "the `d_model` of `text_encoder_3`")?;
     }
-    let both = text.encoder.pooled_width() + text_2.encoder.pooled_width();
+    let both = text.pooled_width() + text_2.pooled_width();
     fit("pooled_projection_dim", config.pooled, both, "the `projection_dim` of both CLIP encoders together")?;
     let (width, positions) = (text.width() + text_2.width(), text.tokens());
     if width > config.context {
@@ -109,13 +109,30 @@ impl Family for StableDiffusion3 {
                 return Err(Error::request(field, format!("at most {} for this checkpoint", self.most_pixels), asked));
             }
         }
-        let (guided, t5_tokens) = (is_guided(request.guidance_scale), t5_tokens(request, T5_TOKENS)?);
+        let (guided, t5_tokens) = (is_guided(request.guidance_scale), self.tokens(request)?);
         Ok(Conditions {
             positive: self.embed(&request.prompt, t5_tokens, cache)?,
             negative: guided.then(|| self.embed(&request.negative_prompt, t5_tokens, cache)).transpose()?,
             guidance_scale: request.guidance_scale,
             skipping: Skipping::of(request),
         })
+    }
+
+    fn encoders(&self) -> Vec<&dyn TextEncoder> {
+        let clips: [&dyn TextEncoder; 2] = [&self.text, &self.text_2];
+        let t5 = match &self.text_3 {
+            LongText::T5(t5) => Some(t5.as_ref() as &dyn TextEncoder),
+            LongText::Absent(_) => None,
+        };
+        clips.into_iter().chain(t5).collect()
+    }
+
+    fn prompts<'a>(&self, request: &'a RowRequest) -> Vec<&'a str> {
+        prompts_of(request, is_guided(request.guidance_scale))
+    }
+
+    fn tokens(&self, request: &RowRequest) -> Result<usize> {
+        t5_tokens(request, T5_TOKENS)
     }
 
     fn denoise(&self, rows: &[ModelRow], shape: [usize; 3]) -> Result<Vec<f32>> {

@@ -5,12 +5,12 @@
 //! <https://github.com/huggingface/diffusers/blob/v0.36.0/src/diffusers/pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py>
 
 use super::family::{Conditioning, Conditions, Family, ModelRow, Parts};
-use super::family::{numbers, pooled, samples, timesteps, tokens};
+use super::family::{numbers, pooled, prompts_of, samples, timesteps, tokens};
 use super::sd::{check_channels, check_context, inpaints};
 use crate::denoiser::{Added, UNet};
 use crate::guidance::is_guided;
 use crate::ops::{self, Place, Tensor};
-use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States};
+use crate::text::{ClipOutput, ClipText, EmbeddingCache, Pooled, States, TextEncoder};
 use crate::{Error, Result, RowRequest};
 
 /// What the refiner is told of how pleasing the picture is and the negative one is not: diffusers' defaults.
@@ -49,7 +49,7 @@ pub(super) fn load(parts: &Parts<'_>) -> Result<Box<dyn Family>> {
         let problem = "`addition_embed_type` must be `text_time` for Stable Diffusion XL";
         return Err(Error::checkpoint(source.path("unet").join("config.json"), problem));
     };
-    let told = text_2.encoder.pooled_width() + added.waves * if scored { 5 } else { 6 };
+    let told = text_2.pooled_width() + added.waves * if scored { 5 } else { 6 };
     let what = "the pooled width of `text_encoder_2` and the waves of the sizes together";
     parts.fit("unet", "projection_class_embeddings_input_dim", added.inputs, told, what)?;
     let zero_empty_negative = index.flag("force_zeros_for_empty_prompt", !scored)?;
@@ -64,6 +64,11 @@ impl StableDiffusionXl {
             Some(first) => ops::concat_channels(&first.embed(prompt, cache)?.states, &second.states)?,
         };
         Ok(Conditioning { tokens, pooled: second.pooled, numbers: numbers.into() })
+    }
+
+    /// Whether the row's negative prompt is none at all.
+    fn has_no_negative(&self, request: &RowRequest) -> bool {
+        self.zero_empty_negative && request.negative_prompt.is_empty()
     }
 
     /// What `other` would be if its prompt were nothing at all.
@@ -95,12 +100,18 @@ impl Family for StableDiffusionXl {
         let sizes = self.sizes(request, AESTHETIC_SCORES.1);
         let negative = match is_guided(request.guidance_scale) {
             false => None,
-            true if self.zero_empty_negative && request.negative_prompt.is_empty() => {
-                Some(self.zeros(&positive, &sizes)?)
-            }
+            true if self.has_no_negative(request) => Some(self.zeros(&positive, &sizes)?),
             true => Some(self.embed(&request.negative_prompt, &sizes, cache)?),
         };
         Ok(Conditions { positive, negative, guidance_scale: request.guidance_scale, skipping: None })
+    }
+
+    fn encoders(&self) -> Vec<&dyn TextEncoder> {
+        self.text.iter().chain([&self.text_2]).map(|text| text as &dyn TextEncoder).collect()
+    }
+
+    fn prompts<'a>(&self, request: &'a RowRequest) -> Vec<&'a str> {
+        prompts_of(request, is_guided(request.guidance_scale) && !self.has_no_negative(request))
     }
 
     fn denoise(&self, rows: &[ModelRow], [_, height, width]: [usize; 3]) -> Result<Vec<f32>> {

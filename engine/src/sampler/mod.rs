@@ -30,6 +30,7 @@ mod tests;
 pub use config::SamplerConfig;
 pub(crate) use config::quote_infinities;
 pub use kind::{SamplerKind, ScheduleKind};
+pub(crate) use pndm::ORDER as PNDM_ORDER;
 
 use self::sigmas::Spacing;
 use self::training::Training;

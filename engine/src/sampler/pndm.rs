@@ -13,7 +13,7 @@ use crate::noise::NoiseSource;
 use crate::{Error, Result};
 
 /// Runge-Kutta steps come in fours, three of them before the multistep ones.
-const ORDER: usize = 4;
+pub(crate) const ORDER: usize = 4;
 const RUNGE_KUTTA_CALLS: usize = 12;
 
 struct Pndm {

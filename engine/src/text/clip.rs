@@ -2,6 +2,8 @@
 //!
 //! Reference: <https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py>
 
+use std::sync::Arc;
+
 use serde_json::json;
 
 use crate::config::ConfigFile;
@@ -53,7 +55,7 @@ pub(crate) struct ClipConfig {
 }
 
 impl ClipConfig {
-    fn read(config: &ConfigFile) -> Result<Self> {
+    pub fn read(config: &ConfigFile) -> Result<Self> {
         config.only("use_attention_mask", &[json!(false)])?;
         config.only("model_type", &[json!("clip_text_model"), json!("clip")])?;
         let activation = match config.word("hidden_act")? {
@@ -80,6 +82,11 @@ impl ClipConfig {
         })
     }
 
+    /// Width of the pooled state.
+    pub fn pooled_width(&self, pooled: Pooled) -> usize {
+        if pooled == Pooled::Projected { self.projection } else { self.width }
+    }
+
     /// Where the token lies whose state stands for the prompt. Old checkpoints write 2 for the end token
     /// and mean the largest id.
     fn end_of(&self, ids: &[u32]) -> usize {
@@ -90,7 +97,7 @@ impl ClipConfig {
 
 /// Token ids in, one vector per token out.
 pub(crate) struct ClipEncoder {
-    pub config: ClipConfig,
+    pub config: Arc<ClipConfig>,
     output: ClipOutput,
     place: Place,
     /// (vocabulary, width)
@@ -106,9 +113,15 @@ pub(crate) struct ClipEncoder {
 
 impl ClipEncoder {
     /// Loads a `text_encoder`.
+    #[cfg(test)]
     pub fn load(part: impl Into<Part>, output: ClipOutput, place: &Place) -> Result<Self> {
         let part = part.into();
         let config = ClipConfig::read(&part.config()?)?;
+        Self::of(&part, &Arc::new(config), output, place)
+    }
+
+    /// Reads the weights of a `text_encoder` of these sizes.
+    pub fn of(part: &Part, config: &Arc<ClipConfig>, output: ClipOutput, place: &Place) -> Result<Self> {
         let weights = part.weights("model", place)?;
         // transformers 5 writes the encoder's tensors without the prefix that its predecessors had.
         let prefixed = weights.contains("text_model.embeddings.token_embedding.weight");
@@ -116,7 +129,7 @@ impl ClipEncoder {
         let embeddings = scope.at("embeddings");
         let tokens = embeddings.at("token_embedding").tensor("weight", &[config.vocabulary, config.width])?;
         let positions = embeddings.at("position_embedding").tensor("weight", &[config.positions, config.width])?;
-        let layer = |index: usize| Layer::load(&scope.at("encoder.layers").at(index), &config);
+        let layer = |index: usize| Layer::load(&scope.at("encoder.layers").at(index), config);
         let before = (0..config.layers - 1).map(layer).collect::<Result<_>>()?;
         let last = layer(config.layers - 1)?;
         let final_layer_norm = scope.at("final_layer_norm").layer_norm(config.width, config.epsilon)?;
@@ -129,13 +142,8 @@ impl ClipEncoder {
             // A buffer that older files carry, and what only a model that scores pictures uses.
             name.ends_with("embeddings.position_ids") || name == "text_projection.weight" || name == "logit_scale"
         })?;
-        let place = place.clone();
+        let (config, place) = (Arc::clone(config), place.clone());
         Ok(Self { config, output, place, tokens, positions, before, last, final_layer_norm, text_projection })
-    }
-
-    /// Width of the pooled state.
-    pub fn pooled_width(&self) -> usize {
-        if self.text_projection.is_some() { self.config.projection } else { self.config.width }
     }
 
     /// What the family wants of a prompt's `ids`.

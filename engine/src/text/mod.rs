@@ -3,18 +3,24 @@
 mod cache;
 mod clip;
 mod clip_tokenizer;
+mod held;
 mod sentencepiece;
 mod t5;
 mod t5_tokenizer;
+
+use std::sync::Arc;
 
 use crate::Result;
 use crate::ops::{Place, Tensor};
 use crate::source::{Source, TokenizerFiles};
 
 pub use cache::CacheCounts;
-pub(crate) use cache::EmbeddingCache;
+pub(crate) use cache::{EmbeddingCache, Key};
+use clip::ClipConfig;
 pub(crate) use clip::{ClipEncoder, ClipOutput, Pooled, States};
 pub(crate) use clip_tokenizer::ClipTokenizer;
+use held::{Held, HeldWeights};
+use t5::T5Config;
 pub(crate) use t5::T5Encoder;
 pub(crate) use t5_tokenizer::T5Tokenizer;
 
@@ -34,16 +40,33 @@ impl Embedding {
     }
 }
 
+/// A text encoder with its tokenizer, whichever kind it is.
+pub(crate) trait TextEncoder: Send + Sync {
+    /// What the embedding of `prompt` is remembered by, where T5 makes so many `tokens` of it.
+    fn key(&self, prompt: &str, tokens: usize) -> Key;
+
+    /// What it makes of a prompt; its weights are read if they are not at hand.
+    fn forward(&self, key: &Key) -> Result<Embedding>;
+
+    /// Bytes of what it makes of a prompt.
+    fn embedding_bytes(&self, key: &Key) -> usize;
+
+    fn weights(&self) -> &dyn HeldWeights;
+}
+
 /// One of a checkpoint's CLIP encoders with its tokenizer.
 pub(crate) struct ClipText {
     /// Its folder, and its name in the cache.
     name: &'static str,
     tokenizer: ClipTokenizer,
-    pub encoder: ClipEncoder,
+    config: Arc<ClipConfig>,
+    output: ClipOutput,
+    value_bytes: usize,
+    encoder: Held<ClipEncoder>,
 }
 
 impl ClipText {
-    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    /// Loads the parts `name` and `tokenizer` of a checkpoint, but for the weights.
     pub fn load(
         source: &Source,
         name: &'static str,
@@ -51,18 +74,26 @@ impl ClipText {
         output: ClipOutput,
         place: &Place,
     ) -> Result<Self> {
-        let encoder = ClipEncoder::load(source.part(name), output, place)?;
-        let (positions, vocabulary) = (encoder.config.positions, encoder.config.vocabulary);
+        let part = source.part(name);
+        let config = Arc::new(ClipConfig::read(&part.config()?)?);
+        let (positions, vocabulary) = (config.positions, config.vocabulary);
         let tokenizer = match source.tokenizer(tokenizer) {
             TokenizerFiles::Folder(folder) => ClipTokenizer::load(&folder, positions, vocabulary)?,
             TokenizerFiles::Clip { pad } => ClipTokenizer::known(pad, positions, vocabulary)?,
         };
-        Ok(Self { name, tokenizer, encoder })
+        let (of_encoder, at) = (Arc::clone(&config), place.clone());
+        let encoder = Held::new(&part, "model", place, move |part| ClipEncoder::of(part, &of_encoder, output, &at))?;
+        Ok(Self { name, tokenizer, config, output, value_bytes: place.value_bytes(), encoder })
     }
 
     /// Width of its states.
     pub fn width(&self) -> usize {
-        self.encoder.config.width
+        self.config.width
+    }
+
+    /// Width of the pooled state.
+    pub fn pooled_width(&self) -> usize {
+        self.config.pooled_width(self.output.pooled)
     }
 
     /// Tokens that every prompt becomes.
@@ -72,7 +103,27 @@ impl ClipText {
 
     /// What it makes of a prompt, computed or remembered.
     pub fn embed(&self, prompt: &str, cache: &EmbeddingCache) -> Result<Embedding> {
-        cache.get_or(self.name, prompt, || self.encoder.forward(&self.tokenizer.ids(prompt)?))
+        cache.get_or(self.key(prompt, self.tokens()), |key| self.forward(key))
+    }
+}
+
+impl TextEncoder for ClipText {
+    fn key(&self, prompt: &str, _tokens: usize) -> Key {
+        Key { encoder: self.name, tokens: self.tokens(), prompt: prompt.into() }
+    }
+
+    fn forward(&self, key: &Key) -> Result<Embedding> {
+        let ids = self.tokenizer.ids(&key.prompt)?;
+        self.encoder.get()?.forward(&ids)
+    }
+
+    fn embedding_bytes(&self, key: &Key) -> usize {
+        let pooled = if self.output.pooled == Pooled::No { 0 } else { self.pooled_width() };
+        (key.tokens * self.width() + pooled) * self.value_bytes
+    }
+
+    fn weights(&self) -> &dyn HeldWeights {
+        &self.encoder
     }
 }
 
@@ -81,27 +132,48 @@ pub(crate) struct T5Text {
     /// Its folder, and its name in the cache.
     name: &'static str,
     tokenizer: T5Tokenizer,
-    pub encoder: T5Encoder,
+    config: Arc<T5Config>,
+    value_bytes: usize,
+    encoder: Held<T5Encoder>,
 }
 
 impl T5Text {
-    /// Loads the parts `name` and `tokenizer` of a checkpoint.
+    /// Loads the parts `name` and `tokenizer` of a checkpoint, but for the weights.
     pub fn load(source: &Source, name: &'static str, tokenizer: &str, place: &Place) -> Result<Self> {
-        let encoder = T5Encoder::load(source.part(name), place)?;
-        let tokenizer = T5Tokenizer::load(&source.path(tokenizer), encoder.config.vocabulary)?;
-        Ok(Self { name, tokenizer, encoder })
+        let part = source.part(name);
+        let config = Arc::new(T5Config::read(&part.config()?)?);
+        let tokenizer = T5Tokenizer::load(&source.path(tokenizer), config.vocabulary)?;
+        let (of_encoder, at) = (Arc::clone(&config), place.clone());
+        let encoder = Held::new(&part, "model", place, move |part| T5Encoder::of(part, &of_encoder, &at))?;
+        Ok(Self { name, tokenizer, config, value_bytes: place.value_bytes(), encoder })
     }
 
     /// Width of its states.
     pub fn width(&self) -> usize {
-        self.encoder.config.width
+        self.config.width
     }
 
     /// What it makes of a prompt as so many `tokens`, computed or remembered.
     pub fn embed(&self, prompt: &str, tokens: usize, cache: &EmbeddingCache) -> Result<Embedding> {
-        cache.get_or(self.name, &format!("{tokens} {prompt}"), || {
-            let states = self.encoder.forward(&self.tokenizer.ids(prompt, tokens)?)?;
-            Ok(Embedding { states, pooled: None })
-        })
+        cache.get_or(self.key(prompt, tokens), |key| self.forward(key))
+    }
+}
+
+impl TextEncoder for T5Text {
+    fn key(&self, prompt: &str, tokens: usize) -> Key {
+        Key { encoder: self.name, tokens, prompt: prompt.into() }
+    }
+
+    fn forward(&self, key: &Key) -> Result<Embedding> {
+        let ids = self.tokenizer.ids(&key.prompt, key.tokens)?;
+        Ok(Embedding { states: self.encoder.get()?.forward(&ids)?, pooled: None })
+    }
+
+    fn embedding_bytes(&self, key: &Key) -> usize {
+        key.tokens * self.width() * self.value_bytes
+    }
+
+    fn weights(&self) -> &dyn HeldWeights {
+        &self.encoder
     }
 }

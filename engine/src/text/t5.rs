@@ -3,6 +3,8 @@
 //! Reference: Raffel et al. 2020, <https://arxiv.org/abs/1910.10683>;
 //! <https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/t5/modeling_t5.py>
 
+use std::sync::Arc;
+
 use serde_json::json;
 
 use crate::config::ConfigFile;
@@ -26,7 +28,7 @@ pub(crate) struct T5Config {
 }
 
 impl T5Config {
-    fn read(config: &ConfigFile) -> Result<Self> {
+    pub fn read(config: &ConfigFile) -> Result<Self> {
         config.only("model_type", &[json!("t5")])?;
         let (activation, gated) = match config.word("feed_forward_proj")? {
             None | Some("relu") => (Activation::Relu, false),
@@ -79,7 +81,7 @@ impl T5Config {
 
 /// Token ids in, one vector per token out.
 pub(crate) struct T5Encoder {
-    pub config: T5Config,
+    pub config: Arc<T5Config>,
     place: Place,
     /// (vocabulary, width)
     tokens: Tensor,
@@ -90,11 +92,17 @@ pub(crate) struct T5Encoder {
 }
 
 impl T5Encoder {
-    /// Loads an encoder. States grow beyond what `f16` holds: where that is asked for on a device, they are `bf16` up to
-    /// the final norm.
+    /// Loads an encoder.
+    #[cfg(test)]
     pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
         let part = part.into();
         let config = T5Config::read(&part.config()?)?;
+        Self::of(&part, &Arc::new(config), place)
+    }
+
+    /// Reads the weights of an encoder of these sizes. States grow beyond what `f16` holds: where that is asked for on a device, they are `bf16` up to
+    /// the final norm.
+    pub fn of(part: &Part, config: &Arc<T5Config>, place: &Place) -> Result<Self> {
         let weights = part.weights("model", &place.with_wide_range())?;
         let (root, encoder) = (weights.root(), weights.root().at("encoder"));
         let shared = "shared.weight";
@@ -102,14 +110,14 @@ impl T5Encoder {
         let tokens = embedding.tensor("weight", &[config.vocabulary, config.width])?;
         let bias = encoder.at("block.0.layer.0.SelfAttention.relative_attention_bias");
         let relative_attention_bias = bias.values("weight", &[config.buckets, config.heads])?;
-        let block = |index: usize| Block::load(&encoder.at("block").at(index), &config);
+        let block = |index: usize| Block::load(&encoder.at("block").at(index), config);
         let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
         let final_layer_norm = encoder.at("final_layer_norm").rms_norm(config.width, config.epsilon)?;
         weights.finish(|name| {
             // A second copy of the embedding, and the parts of a whole T5 that no prompt goes through.
             name == "encoder.embed_tokens.weight" || name.starts_with("decoder.") || name == "lm_head.weight"
         })?;
-        let place = place.clone();
+        let (config, place) = (Arc::clone(config), place.clone());
         Ok(Self { config, place, tokens, relative_attention_bias, blocks, final_layer_norm })
     }
 

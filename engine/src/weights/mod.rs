@@ -4,6 +4,7 @@
 mod files;
 mod gguf;
 mod layers;
+mod origin;
 mod original;
 mod part;
 
@@ -21,6 +22,7 @@ use safetensors::{Dtype, SafeTensors};
 
 pub(crate) use self::files::find;
 pub(crate) use self::gguf::Entry;
+pub(crate) use self::origin::Origin;
 pub(crate) use self::original::SingleFile;
 pub(crate) use self::part::Part;
 use crate::ops::{Parameter, Place, Stored as Format, Tensor};
@@ -97,7 +99,7 @@ impl Weights {
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::checkpoint(path, problem);
         let map = map_file(path)?;
-        prefetch(Arc::clone(&map));
+        prefetch(Arc::clone(&map), 0..map.len());
         for Entry { name, format, shape, bytes } in entries(path, &map)? {
             let stored = Stored { map: self.maps.len(), bytes, format, shape, order: Order::Plain };
             if let Some(twice) = self.stored.insert(name.clone(), stored) {
@@ -246,6 +248,14 @@ fn entries(path: &Path, map: &Mmap) -> Result<Vec<Entry>> {
     entries.map_err(|problem| Error::checkpoint(path, problem))
 }
 
+/// About how many bytes a tensor takes at `place`: on the processor, matrices stay in the blocks that they come in.
+fn bytes_at(place: &Place, format: &Result<Format, String>, shape: &[usize], stored: usize) -> usize {
+    match format {
+        Ok(Format::Quantised(_)) if shape.len() == 2 && place.keeps_blocks() => stored,
+        _ => shape.iter().product::<usize>().saturating_mul(place.value_bytes()),
+    }
+}
+
 /// A matrix of `shape` from one whose columns are stored as rows, each value `each` bytes.
 fn transposed(bytes: &[u8], each: usize, shape: &[usize]) -> Vec<u8> {
     let (rows, columns) = (shape[0], shape[1]);
@@ -277,15 +287,15 @@ fn read_safetensors(file: &[u8]) -> Result<Vec<Entry>, String> {
     Ok(tensors.iter().map(entry).collect())
 }
 
-/// Has the system read all of the map ahead, on a thread of its own: on a cold start the disk then works
+/// Has the system read these bytes of the map ahead, on a thread of its own: on a cold start the disk then works
 /// while weights are packed, and on more than one request at a time.
 #[cfg(unix)]
-fn prefetch(map: Arc<Mmap>) {
+fn prefetch(map: Arc<Mmap>, bytes: Range<usize>) {
     /// Bytes asked for at a time: systems cut longer wishes short.
     const STEP: usize = 4 << 20;
     let ask = move || {
-        for start in (0..map.len()).step_by(STEP) {
-            let len = STEP.min(map.len() - start);
+        for start in bytes.clone().step_by(STEP) {
+            let len = STEP.min(bytes.end - start);
             if let Err(error) = map.advise_range(memmap2::Advice::WillNeed, start, len) {
                 tracing::debug!(%error, "the system does not read a weight file ahead");
                 return;
@@ -298,7 +308,7 @@ fn prefetch(map: Arc<Mmap>) {
 }
 
 #[cfg(not(unix))]
-fn prefetch(_map: Arc<Mmap>) {}
+fn prefetch(_map: Arc<Mmap>, _bytes: Range<usize>) {}
 
 /// Tells the system that these bytes of the map have been read, so that they stop counting as this
 /// process's memory.

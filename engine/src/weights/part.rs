@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{SingleFile, Weights};
+use super::{SingleFile, Weights, bytes_at, find, read_header};
 use crate::config::ConfigFile;
 use crate::ops::Place;
 use crate::{FamilyKind, Result};
@@ -51,6 +51,21 @@ impl Part {
         match self {
             Self::Folder(folder) => Weights::open(folder, stem, place),
             Self::Within { file, name, .. } => file.weights(name, place),
+        }
+    }
+
+    /// About how many bytes its weights will take at `place`, from what its files' headers say.
+    pub fn weight_bytes(&self, stem: &str, place: &Place) -> Result<usize> {
+        match self {
+            Self::Within { file, name, .. } => file.weight_bytes(name, place),
+            Self::Folder(folder) => {
+                let of_file = |path: PathBuf| {
+                    let (_, _, entries) = read_header(&path)?;
+                    let bytes = entries.iter().map(|it| bytes_at(place, &it.format, &it.shape, it.bytes.len()));
+                    Ok(bytes.sum::<usize>())
+                };
+                find(folder, stem)?.into_iter().map(of_file).sum()
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Error, Latent, Precision, RowId, RowRequest, RunningBatch, render};
+use engine::{Checkpoint, Error, Latent, LoadOptions, Precision, RowId, RowRequest, RunningBatch, render};
 
 use crate::golden;
 use crate::support::{checkpoint, copy_of, cpu, fixtures, folder, request};
@@ -62,7 +62,13 @@ fn pictures_of_gguf_files_are_those_of_the_numbers_in_them() {
 #[test]
 fn a_gguf_file_alone_takes_its_other_parts_from_beside_it() {
     let (file, beside) = (folder("flux_gguf").join(TRANSFORMER.1), folder("flux_dev"));
-    let alone = Checkpoint::load_with(&file, Some(&beside), None, &cpu(), Precision::F32).unwrap();
+    let alone = Checkpoint::load_with(
+        &file,
+        &cpu(),
+        Precision::F32,
+        LoadOptions { beside: Some(&beside), ..Default::default() },
+    )
+    .unwrap();
     let checkpoint = with_gguf(&[TRANSFORMER]);
     let within = Checkpoint::load(checkpoint.path(), &cpu(), Precision::F32).unwrap();
     let picture = |model| render(&Arc::new(model), &request("a small red star"), |_, _| {}).unwrap();

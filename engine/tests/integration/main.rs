@@ -5,6 +5,7 @@ mod recipe;
 mod support;
 
 mod elsewhere;
+mod encoders;
 mod flux;
 mod handed_over;
 mod init_images;

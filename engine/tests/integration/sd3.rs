@@ -124,7 +124,12 @@ fn parts_that_do_not_fit_together_are_refused_by_name() {
             "norm1_context.linear.weight [192, 32] instead of [64, 32]",
         ),
         ("transformer/config.json", "joint_attention_dim", json!(48), "context_embedder.weight [32, 40] instead of"),
-        ("text_encoder_3/config.json", "d_model", json!(48), "shared.weight [240, 40] instead of [240, 48]"),
+        (
+            "text_encoder_3/config.json",
+            "d_model",
+            json!(48),
+            "`joint_attention_dim` must be the `d_model` of `text_encoder_3` (48)",
+        ),
         ("text_encoder_3/config.json", "vocab_size", json!(32), "shared.weight [240, 40] instead of [32, 40]"),
         ("vae/config.json", "latent_channels", json!(8), "another shape"),
     ] {

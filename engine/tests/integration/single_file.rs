@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Error, FamilyKind, Precision, RowRequest, render};
+use engine::{Checkpoint, Error, FamilyKind, LoadOptions, Precision, RowRequest, render};
 
 use crate::recipe::{Made, Recipe, recipes};
 use crate::support::{cpu, folder, request};
@@ -14,7 +14,8 @@ fn load(path: &Path) -> engine::Result<Arc<Checkpoint>> {
 }
 
 fn refusal(path: &Path, beside: Option<&Path>) -> String {
-    let error = Checkpoint::load_with(path, beside, None, &cpu(), Precision::F32).err().expect("it was loaded");
+    let options = LoadOptions { beside, ..LoadOptions::default() };
+    let error = Checkpoint::load_with(path, &cpu(), Precision::F32, options).err().expect("it was loaded");
     assert!(matches!(error, Error::Checkpoint { .. }), "{error}");
     error.to_string()
 }
@@ -90,7 +91,8 @@ fn a_part_in_a_folder_beside_the_file_gives_the_picture_of_the_file_bit_for_bit(
     assert!(text.contains("and so does"), "{text}");
 
     let beside = folder_with_vae(&recipe);
-    let mixed = Checkpoint::load_with(&file, Some(beside.path()), None, &cpu(), Precision::F32).map(Arc::new).unwrap();
+    let options = LoadOptions { beside: Some(beside.path()), ..LoadOptions::default() };
+    let mixed = Checkpoint::load_with(&file, &cpu(), Precision::F32, options).map(Arc::new).unwrap();
     let whole = load(&whole).unwrap();
     for (_, request) in requests(&recipe) {
         assert!(render(&mixed, &request, |_, _| {}).unwrap() == render(&whole, &request, |_, _| {}).unwrap());

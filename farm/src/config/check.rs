@@ -18,6 +18,9 @@ impl Config {
         if let Some(dtype) = &self.worker.dtype {
             must("worker.dtype", "f32, f16 or bf16", dtype, ["f32", "f16", "bf16"].contains(&dtype.as_str()))?;
         }
+        let text_encoders = self.worker.text_encoders.as_str();
+        let known = ["keep", "drop", "auto"].contains(&text_encoders);
+        must("worker.text_encoders", "keep, drop or auto", text_encoders, known)?;
         for (name, model) in &self.models {
             must(&format!("models.{name}.source"), "a folder or a hub id", "empty", !model.source.is_empty())?;
         }
@@ -152,6 +155,14 @@ mod tests {
         let mut config = Config::default();
         config.worker.heartbeat_seconds = 31.0;
         assert_eq!(config.check().unwrap_err().field, "worker.heartbeat_seconds");
+    }
+
+    #[test]
+    fn an_unknown_word_for_text_encoders_is_refused() {
+        let mut config = Config::default();
+        config.worker.text_encoders = "never".into();
+        let error = config.check().unwrap_err().to_string();
+        assert_eq!(error, "`worker.text_encoders` must be keep, drop or auto, but is never");
     }
 
     #[test]

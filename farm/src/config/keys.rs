@@ -117,6 +117,8 @@ fn every_key() -> Config {
             device: text(),
             dtype: text(),
             vae_bytes: Some(0),
+            text_encoders: worker.text_encoders,
+            embedding_bytes: worker.embedding_bytes,
             max_batch: worker.max_batch,
             window: worker.window,
             lease_seconds: worker.lease_seconds,

@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use super::*;
-use crate::fleet::WorkerStatus;
+use crate::fleet::{TextStatus, WorkerStatus};
 use crate::message::QueueKey;
 
 const BOUNDS: Bounds = Bounds { interactive: Duration::from_secs(5), bulk: Duration::from_secs(60) };
@@ -30,6 +30,7 @@ fn serves(worker: usize, model: Option<&str>) -> WorkerView {
         done: 0,
         failed: 0,
         loads: 0,
+        text: TextStatus::default(),
     };
     WorkerView { status, started_at: at(0), last_seen: at(0), alive: true }
 }

@@ -119,7 +119,7 @@ impl RenderRequest {
             negative_prompt,
             width,
             height,
-            steps: check_steps(self.steps, facts, limits)?,
+            steps: check_steps(self.steps, sampler.or(facts.sampler), facts, limits)?,
             guidance_scale: check_guidance(self.guidance_scale, facts, limits)?,
             sampler: sampler.or(facts.sampler),
             schedule: schedule.or(facts.schedule),
@@ -183,10 +183,20 @@ fn check_size(
     Ok((width, height))
 }
 
-fn check_steps(steps: Option<i64>, facts: &ModelFacts, limits: &Limits) -> Result<u32, ValidationError> {
+fn check_steps(
+    steps: Option<i64>,
+    sampler: Option<Sampler>,
+    facts: &ModelFacts,
+    limits: &Limits,
+) -> Result<u32, ValidationError> {
     let steps = steps.unwrap_or(i64::from(facts.steps));
     if steps < 1 || steps > i64::from(limits.steps) {
         return Err(refuse("steps", format!("1 to {}", limits.steps), steps));
+    }
+    let (by_pndm, least) = (sampler.map_or(facts.samples_by_pndm, |it| it == Sampler::Pndm), facts.least_pndm_steps);
+    if by_pndm && steps < i64::from(least) {
+        let limit = format!("at least {least} for pndm, whose Runge-Kutta steps this checkpoint does not skip");
+        return Err(refuse("steps", limit, steps));
     }
     Ok(steps as u32)
 }

@@ -46,7 +46,7 @@ use self::schema::Address;
 use self::sql::SqlStore;
 use crate::broker::Broker;
 use crate::clock::Clock;
-pub use crate::fleet::{DEMAND_BOUND, Demand, WorkerStatus, WorkerView};
+pub use crate::fleet::{DEMAND_BOUND, Demand, TextStatus, WorkerStatus, WorkerView};
 use crate::id::{JobId, SubmissionId, WorkerId};
 use crate::job::{
     ClaimedJob, Counters, Failure, Finished, Idempotency, JobState, JobView, Lease, NewJob, NewSubmission,

@@ -9,6 +9,7 @@ use super::columns::Moment;
 use super::driver::{Statement, Transaction, arguments, statement};
 use super::sql::SqlStore;
 use super::{Decide, Heartbeat, Result, StoreSettings, WorkerStatus, WorkerView, attempts, dispatch};
+use crate::fleet::TextStatus;
 use crate::id::{JobId, WorkerId};
 use crate::job::Lease;
 
@@ -16,14 +17,19 @@ use crate::job::Lease;
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(1);
 
 const RECORD_WORKER: Statement = statement!(
-    "-- record_worker(worker_id, host, device, serving, warm, draining, rows, done, failed, loads, now)
+    "-- record_worker(worker_id, host, device, serving, warm, draining, rows, done, failed, loads, embedding_hits,
+    --               embedding_misses, embedding_bytes, encoder_reads, encoder_bytes, now)
     INSERT INTO workers (worker_id, host, device, serving, warm, draining, batch_rows, done, failed, loads,
+                         embedding_hits, embedding_misses, embedding_bytes, encoder_reads, encoder_bytes,
                          started_at, last_seen)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $11)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $16)
     ON CONFLICT (worker_id) DO UPDATE SET
         host = excluded.host, device = excluded.device, serving = excluded.serving, warm = excluded.warm,
         draining = excluded.draining, batch_rows = excluded.batch_rows, done = excluded.done,
-        failed = excluded.failed, loads = excluded.loads, last_seen = excluded.last_seen"
+        failed = excluded.failed, loads = excluded.loads, embedding_hits = excluded.embedding_hits,
+        embedding_misses = excluded.embedding_misses, embedding_bytes = excluded.embedding_bytes,
+        encoder_reads = excluded.encoder_reads, encoder_bytes = excluded.encoder_bytes,
+        last_seen = excluded.last_seen"
 );
 
 // On Postgres the rows are locked in id order first: a worker renews and finishes at the same time. The
@@ -62,6 +68,11 @@ pub(super) async fn heartbeat(
         status.done as i64,
         status.failed as i64,
         status.loads as i64,
+        status.text.embedding_hits as i64,
+        status.text.embedding_misses as i64,
+        status.text.embedding_bytes as i64,
+        status.text.encoder_reads as i64,
+        status.text.encoder_bytes as i64,
         now,
     ];
     transaction.execute(&RECORD_WORKER, arguments).await?;
@@ -109,6 +120,11 @@ struct WorkerRow {
     done: i64,
     failed: i64,
     loads: i64,
+    embedding_hits: i64,
+    embedding_misses: i64,
+    embedding_bytes: i64,
+    encoder_reads: i64,
+    encoder_bytes: i64,
     started_at: Moment,
     last_seen: Moment,
     left_at: Option<Moment>,
@@ -129,6 +145,13 @@ impl WorkerRow {
                 done: self.done as u64,
                 failed: self.failed as u64,
                 loads: self.loads as u64,
+                text: TextStatus {
+                    embedding_hits: self.embedding_hits as u64,
+                    embedding_misses: self.embedding_misses as u64,
+                    embedding_bytes: self.embedding_bytes as u64,
+                    encoder_reads: self.encoder_reads as u64,
+                    encoder_bytes: self.encoder_bytes as u64,
+                },
             },
             started_at: self.started_at.0,
             last_seen: self.last_seen.0,
@@ -140,6 +163,7 @@ impl WorkerRow {
 const WORKERS: Statement = statement!(
     "-- workers(last_seen_after)
     SELECT worker_id, host, device, serving, warm, draining, batch_rows, done, failed, loads,
+           embedding_hits, embedding_misses, embedding_bytes, encoder_reads, encoder_bytes,
            started_at, last_seen, left_at
     FROM workers WHERE last_seen > $1 ORDER BY worker_id"
 );

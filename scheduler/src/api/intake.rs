@@ -54,6 +54,24 @@ pub(super) struct LinesParameters {
     sampler: Option<String>,
     /// The schedule of lines without one.
     schedule: Option<String>,
+    /// The `max_sequence_length` of lines without one.
+    #[param(value_type = Option<u32>)]
+    max_sequence_length: Option<String>,
+    /// The `true_cfg_scale` of lines without one.
+    #[param(value_type = Option<f64>)]
+    true_cfg_scale: Option<String>,
+    /// The picture that lines without one start from: a key that `POST /v1/artifacts` answered, or an `s3://` address.
+    init_image: Option<String>,
+    /// The mask of lines without one.
+    mask_image: Option<String>,
+    /// The strength of lines without one.
+    #[param(value_type = Option<f64>)]
+    strength: Option<String>,
+    /// The blur of the mask of lines without one.
+    #[param(value_type = Option<f64>)]
+    mask_blur: Option<String>,
+    /// What the painted part starts from, of lines that do not say.
+    masked_content: Option<String>,
     /// The lane of lines without one. Default: `bulk`.
     lane: Option<String>,
 }
@@ -68,15 +86,23 @@ impl LinesParameters {
 
     fn defaults(self) -> Result<RenderRequest, ApiError> {
         let whole = |name, text: Option<String>| parameter(name, "a whole number", text.as_deref());
+        let number = |name, text: Option<String>| parameter(name, "a number", text.as_deref());
         Ok(RenderRequest {
             model: self.model,
             negative_prompt: self.negative_prompt,
             width: whole("width", self.width)?,
             height: whole("height", self.height)?,
             steps: whole("steps", self.steps)?,
-            guidance_scale: parameter("guidance_scale", "a number", self.guidance_scale.as_deref())?,
+            guidance_scale: number("guidance_scale", self.guidance_scale)?,
             sampler: self.sampler,
             schedule: self.schedule,
+            max_sequence_length: whole("max_sequence_length", self.max_sequence_length)?,
+            true_cfg_scale: number("true_cfg_scale", self.true_cfg_scale)?,
+            init_image: self.init_image,
+            mask_image: self.mask_image,
+            strength: number("strength", self.strength)?,
+            mask_blur: number("mask_blur", self.mask_blur)?,
+            masked_content: self.masked_content,
             lane: self.lane,
             ..RenderRequest::default()
         })

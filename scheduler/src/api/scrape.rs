@@ -62,7 +62,8 @@ async fn read_queues(api: &Api) -> anyhow::Result<()> {
 }
 
 async fn read_workers(api: &Api) -> anyhow::Result<()> {
-    let alive = api.store.workers().await?.iter().filter(|worker| worker.alive).count();
-    api.metrics.read_workers(alive as u64);
+    let workers = api.store.workers().await?.into_iter();
+    let alive: Vec<_> = workers.filter(|worker| worker.alive).map(|worker| worker.status).collect();
+    api.metrics.read_workers(&alive);
     Ok(())
 }

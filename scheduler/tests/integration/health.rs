@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use farm::id::WorkerId;
 use farm::job::Lane;
-use farm::store::WorkerStatus;
+use farm::store::{TextStatus, WorkerStatus};
 use reqwest::StatusCode;
 use serde_json::json;
 
@@ -23,6 +23,13 @@ fn worker(name: &str) -> WorkerStatus {
         done: 7,
         failed: 1,
         loads: 1,
+        text: TextStatus {
+            embedding_hits: 90,
+            embedding_misses: 10,
+            embedding_bytes: 4096,
+            encoder_reads: 3,
+            encoder_bytes: 1 << 30,
+        },
     }
 }
 
@@ -87,7 +94,10 @@ fn samples(text: &str) -> BTreeMap<String, f64> {
 #[tokio::test]
 async fn metrics_count_requests_jobs_queues_and_workers() {
     let farm = Farm::start().await;
-    farm.store.heartbeat(&worker("here"), &[], Duration::from_secs(60)).await.unwrap();
+    for name in ["here", "gone"] {
+        farm.store.heartbeat(&worker(name), &[], Duration::from_secs(60)).await.unwrap();
+    }
+    farm.store.goodbye(&WorkerId("gone".into())).await.unwrap();
     let job = farm.submit(json!({"prompt": "a", "model": "large"})).await;
     farm.take("large", Lane::Interactive).await.finish().await;
     farm.submit(json!({"prompt": "b", "lane": "bulk"})).await;
@@ -114,12 +124,18 @@ async fn metrics_count_requests_jobs_queues_and_workers() {
         ("kiln_queue_queued{model=\"demo\",lane=\"bulk\"}", 1.0),
         ("kiln_queue_ready{model=\"demo\",lane=\"bulk\"}", 1.0),
         ("kiln_workers_alive", 1.0),
+        ("kiln_worker_embedding_hits_total{worker=\"here\"}", 90.0),
+        ("kiln_worker_embedding_misses_total{worker=\"here\"}", 10.0),
+        ("kiln_worker_embedding_bytes{worker=\"here\"}", 4096.0),
+        ("kiln_worker_encoder_reads_total{worker=\"here\"}", 3.0),
+        ("kiln_worker_encoder_bytes{worker=\"here\"}", 1_073_741_824.0),
         ("kiln_unread{name=\"queues\"}", 0.0),
     ];
     for (name, value) in expected {
         assert_eq!(samples.get(name), Some(&value), "{name} in {samples:#?}");
     }
     assert!(!samples.contains_key("kiln_queue_waiting{model=\"large\",lane=\"interactive\"}"), "nothing waits there");
+    assert!(!samples.contains_key("kiln_worker_embedding_hits_total{worker=\"gone\"}"), "it has left");
     farm.wait_for(&job, "done").await;
 }
 

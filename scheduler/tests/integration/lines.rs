@@ -120,6 +120,29 @@ async fn the_query_says_what_the_lines_leave_open() {
 }
 
 #[tokio::test]
+async fn the_query_says_what_the_lines_start_from() {
+    let farm = Farm::start().await;
+    let path = "/v1/submissions?init_image=uploads/a.png&mask_image=uploads/m.png&strength=0.5&mask_blur=4&masked_content=noise";
+    let answer = farm.post_lines(path, "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"strength\":0.75}").await;
+    let submission = answer.with_status(StatusCode::ACCEPTED).json["submission_id"].as_str().unwrap().to_owned();
+    let page = farm.get(&format!("/v1/jobs?submission_id={submission}")).await.json;
+    let mask = json!({"key": "uploads/m.png", "blur": 4.0, "content": "noise"});
+    for (job, strength) in page["jobs"].as_array().unwrap().iter().zip([0.5, 0.75]) {
+        let expected = json!({"key": "uploads/a.png", "strength": strength, "mask": mask});
+        assert_eq!(job["spec"]["init_image"], expected);
+    }
+    for (query, field) in [
+        ("init_image=uploads/a.png&strength=x", "strength"),
+        ("strength=0.5", "strength"),
+        ("init_image=s3://elsewhere/a.png", "init_image"),
+        ("true_cfg_scale=x", "true_cfg_scale"),
+        ("max_sequence_length=1.5", "max_sequence_length"),
+    ] {
+        assert_eq!(farm.post_lines(&format!("/v1/submissions?{query}"), lines(1)).await.problem(422).0, field);
+    }
+}
+
+#[tokio::test]
 async fn a_line_has_a_limit_and_the_body_has_none() {
     let mut settings = Settings::default();
     settings.limits.body_bytes = 200;

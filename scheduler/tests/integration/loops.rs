@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use farm::broker::Broker;
-use farm::fleet::WorkerStatus;
+use farm::fleet::{TextStatus, WorkerStatus};
 use farm::id::WorkerId;
 use farm::job::Lane;
 use farm::message::QueueKey;
@@ -149,6 +149,7 @@ async fn deliveries_that_a_live_worker_holds_unclaimed_are_not_taken_for_lost() 
         done: 0,
         failed: 0,
         loads: 1,
+        text: TextStatus::default(),
     };
     farm.store.heartbeat(&worker, &[], Duration::from_secs(60)).await.unwrap();
     submit_bulk(&farm, 40).await;

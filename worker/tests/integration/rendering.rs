@@ -119,6 +119,22 @@ async fn a_cancelled_job_leaves_at_the_next_step_and_its_mates_go_on() {
 }
 
 #[tokio::test]
+async fn the_renderer_is_told_who_joins_and_who_waits_and_may_fail_at_that() {
+    let farm = TestFarm::with(|config| (config.max_batch, config.window) = (2, 3)).await;
+    let stage: std::sync::Arc<Stage> = Stage::default().into();
+    let jobs = farm.submit_prompts(&["1", "2", "3 unready", "4"]).await;
+    let running = farm.start(&stage);
+    farm.wait_for_state(&jobs, JobState::Done).await;
+    let heard = async || farm.store.workers().await.unwrap()[0].status.done;
+    wait_for("a heartbeat after that", async || heard().await == 4).await;
+    running.stop().await;
+    let prepared = stage.state().prepared.clone();
+    assert_eq!(prepared, [[vec!["1".to_owned(), "2".into()], vec!["3 unready".into(), "4".into()]]]);
+    let text = farm.store.workers().await.unwrap()[0].status.text;
+    assert_eq!(text.embedding_misses, 2, "what the renderer says of itself is in the heartbeat");
+}
+
+#[tokio::test]
 async fn every_step_of_an_interactive_job_is_announced_and_its_end() {
     let farm = TestFarm::new().await;
     let stage = Stage::held();

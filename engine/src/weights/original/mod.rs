@@ -15,6 +15,7 @@ mod vae;
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
@@ -23,7 +24,7 @@ use serde_json::{Map, Value, json};
 
 use self::names::{Ours, Share, whole};
 use self::tensors::Tensors;
-use super::{Entry, Order, Stored, Weights, entries, map_file, prefetch};
+use super::{Entry, Order, Stored, Weights, bytes_at, entries, map_file, prefetch};
 use crate::config::ConfigFile;
 use crate::ops::{Place, Stored as Format};
 use crate::{Error, FamilyKind, PredictionKind, Result};
@@ -106,6 +107,23 @@ impl SingleFile {
             return Err(Error::checkpoint(path, problem));
         }
         Ok(file)
+    }
+
+    /// [`SingleFile::open`] for one of its parts: the others are not read ahead.
+    pub fn open_for(path: &Path, part: &str) -> Result<Self> {
+        let file = Self::open(path)?;
+        let bytes = file.bytes(part)?;
+        file.read_ahead.call_once(|| prefetch(Arc::clone(&file.map), bytes));
+        Ok(file)
+    }
+
+    /// From the first to the last byte of a part's tensors.
+    fn bytes(&self, part: &str) -> Result<Range<usize>> {
+        let tensors = self.tensors(part, self.found(part)?);
+        let ranges = || tensors.stored.values().map(|stored| &stored.bytes);
+        let start = ranges().map(|bytes| bytes.start).min();
+        let end = ranges().map(|bytes| bytes.end).max();
+        Ok(start.unwrap_or(0)..end.unwrap_or(0))
     }
 
     /// The weights of a file that holds one part alone, in any known layout; `None` for another file.
@@ -305,9 +323,16 @@ impl SingleFile {
         ConfigFile::told(&self.path.join(part), fields)
     }
 
+    /// About how many bytes the part's weights take at `place`.
+    pub fn weight_bytes(&self, part: &str, place: &Place) -> Result<usize> {
+        let tensors = self.tensors(part, self.found(part)?);
+        let bytes = |it: &&Stored| bytes_at(place, &it.format, &it.shape, it.bytes.len());
+        Ok(tensors.stored.values().map(bytes).sum())
+    }
+
     /// The part's weights under our names.
     pub fn weights(&self, part: &str, place: &Place) -> Result<Weights> {
-        self.read_ahead.call_once(|| prefetch(Arc::clone(&self.map)));
+        self.read_ahead.call_once(|| prefetch(Arc::clone(&self.map), 0..self.map.len()));
         let found = self.found(part)?;
         let tensors = self.tensors(part, found);
         let mut ours = HashMap::with_capacity(tensors.stored.len());

@@ -38,6 +38,32 @@ fn only_the_prompt_is_required() {
     assert_eq!(missing.to_string(), "`prompt` must be present, but is missing");
 }
 
+#[test]
+fn pndm_is_refused_steps_that_it_cannot_take_whoever_chose_it() {
+    let refused = |facts: ModelFacts, json: Value| {
+        let catalog = Catalog::new(BTreeMap::from([("m".to_owned(), facts)]), "m").unwrap();
+        let checked = request(json).validate(&catalog, &Limits::default(), Lane::Bulk, || 7);
+        checked.err().map(|error| error.to_string())
+    };
+    let whole = ModelFacts { least_pndm_steps: 4, ..ModelFacts::assumed("here") };
+    let own = ModelFacts { samples_by_pndm: true, ..whole.clone() };
+    let configured = ModelFacts { sampler: Some(Sampler::Pndm), ..whole.clone() };
+    let text = "`steps` must be at least 4 for pndm, whose Runge-Kutta steps this checkpoint does not skip, but is 3";
+    let (named, open) = (json!({"sampler": "pndm", "steps": 3}), json!({"steps": 3}));
+    assert_eq!(refused(whole.clone(), named.clone()).as_deref(), Some(text));
+    assert_eq!(refused(own.clone(), open.clone()).as_deref(), Some(text));
+    assert_eq!(refused(configured, open.clone()).as_deref(), Some(text));
+    let fine = [
+        (whole.clone(), json!({"sampler": "pndm", "steps": 4})),
+        (whole, open),
+        (own, json!({"sampler": "euler", "steps": 3})),
+        (ModelFacts { samples_by_pndm: true, ..ModelFacts::assumed("here") }, named),
+    ];
+    for (facts, json) in fine {
+        assert_eq!(refused(facts, json), None);
+    }
+}
+
 /// What a request to a checkpoint of `family` becomes.
 fn validate_for(family: &str, json: Value) -> Result<RenderSpec, ValidationError> {
     let facts = ModelFacts { family: Some(family.to_owned()), ..ModelFacts::assumed("here") };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use farm::job::{Lane, Lease};
-use farm::store::{Demand, Heartbeat, WorkerStatus, WorkerView};
+use farm::store::{Demand, Heartbeat, TextStatus, WorkerStatus, WorkerView};
 use futures_util::future;
 
 use super::harness::{LEASE, new_submission, spec, status, worker};
@@ -66,6 +66,13 @@ on_each_store! {
             failed: 2,
             loads: 3,
             draining: true,
+            text: TextStatus {
+                embedding_hits: 190,
+                embedding_misses: 10,
+                embedding_bytes: 1 << 28,
+                encoder_reads: 2,
+                encoder_bytes: 9 << 30,
+            },
             ..status("ann")
         };
         farm.store.heartbeat(&busy, &[], LEASE).await.unwrap();

@@ -15,7 +15,7 @@ use farm::job::{
 };
 use farm::message::{JobMessage, ProgressEvent, QueueKey};
 use farm::spec::RenderSpec;
-use farm::store::{self, Claim, JobFilter, SharedStore, StoreSettings, Submitted, WorkerStatus, scratch};
+use farm::store::{self, Claim, JobFilter, SharedStore, StoreSettings, Submitted, TextStatus, WorkerStatus, scratch};
 use futures_util::{FutureExt, stream};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, SqliteConnection};
 
@@ -153,6 +153,7 @@ pub fn status(name: &str) -> WorkerStatus {
         done: 0,
         failed: 0,
         loads: 0,
+        text: TextStatus::default(),
     }
 }
 

@@ -9,7 +9,7 @@ use farm::job::{Counters, FailureKind, Lane, NewJob};
 use farm::store::{self, StoreError};
 use futures_util::stream;
 
-use super::harness::{TestFarm, new_submission, on_postgres, queue, runtime, settings, spec};
+use super::harness::{LEASE, TestFarm, new_submission, on_postgres, queue, runtime, settings, spec, status};
 use super::on_each_store;
 
 on_each_store! {
@@ -31,14 +31,24 @@ on_each_store! {
         assert_eq!(farm.counters_in_all().await, Counters { pending: 2, ..Counters::default() });
     }
 
+    async fn an_older_store_keeps_its_workers_and_jobs(farm: &TestFarm) {
+        farm.submit(3).await;
+        farm.store.heartbeat(&status("ann"), &[], LEASE).await.unwrap();
+        store::revert(&farm.url, 1).await.unwrap();
+        store::migrate(&farm.url).await.unwrap();
+        assert_eq!(farm.store.workers().await.unwrap()[0].status, status("ann"));
+        assert_eq!(farm.counters_in_all().await.pending, 3);
+    }
+
     async fn a_store_newer_than_this_build_is_refused(farm: &TestFarm) {
         let newer = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
-                     SELECT version + 1000, 'from the future', true, checksum, 0 FROM _sqlx_migrations";
+                     SELECT version + 1000, 'from the future', true, checksum, 0 FROM _sqlx_migrations
+                     WHERE version = (SELECT max(version) FROM _sqlx_migrations)";
         farm.execute(newer).await.unwrap();
         let error = farm.store.ping().await.unwrap_err().to_string();
-        assert!(error.starts_with("the store's schema is at version 1001, this build needs 1"), "{error}");
+        assert!(error.starts_with("the store's schema is at version 1002, this build needs 2"), "{error}");
         let opened = store::connect(&farm.url, &settings(), Arc::new(SystemClock)).await;
-        assert!(matches!(opened.err(), Some(StoreError::Schema { found: 1001, needed: 1 })));
+        assert!(matches!(opened.err(), Some(StoreError::Schema { found: 1002, needed: 2 })));
     }
 
     async fn processes_that_start_at_once_migrate_once(farm: &TestFarm) {

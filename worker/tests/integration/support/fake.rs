@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use engine::{InitContent, InitImage};
+use farm::fleet::TextStatus;
 use farm::latent::LatentFile;
 use farm::spec::RenderSpec;
 use image::{Rgb, RgbImage};
@@ -29,6 +30,8 @@ pub struct State {
     pub passes: Vec<Vec<String>>,
     /// The folders that were loaded.
     pub loads: Vec<String>,
+    /// Who was to join and who waited, each time.
+    pub prepared: Vec<[Vec<String>; 2]>,
     /// Why loading fails.
     pub load_error: Option<RenderError>,
 }
@@ -92,6 +95,17 @@ impl Renderer for FakeRenderer {
 
     fn batch(&self, _width: u32, _height: u32) -> FakeBatch {
         FakeBatch { stage: Arc::clone(&self.0), rows: Vec::new() }
+    }
+
+    fn prepare(&self, joining: &[&RenderSpec], waiting: &[&RenderSpec]) {
+        let prompts = |specs: &[&RenderSpec]| specs.iter().map(|spec| spec.prompt.clone()).collect::<Vec<_>>();
+        assert!(!joining.iter().any(|spec| spec.prompt.contains("unready")), "preparing fails");
+        self.0.state().prepared.push([prompts(joining), prompts(waiting)]);
+    }
+
+    fn text(&self) -> TextStatus {
+        let misses = self.0.state().prepared.iter().map(|[joining, _]| joining.len() as u64).sum();
+        TextStatus { embedding_misses: misses, ..TextStatus::default() }
     }
 
     fn decode(&self, latents: &[RenderSpec]) -> Result<Vec<RgbImage>, RenderError> {
