@@ -57,7 +57,7 @@ enum DeviceWeight {
     Dense(candle_core::Tensor),
     /// (out, in): it stays small, and becomes numbers each time that it is used. The products are then
     /// those of the dense weight; candle's own quantised ones would round the activations to eight bits.
-    Quantised(QTensor),
+    Quantised(Box<QTensor>),
 }
 
 impl DeviceWeight {
@@ -67,7 +67,7 @@ impl DeviceWeight {
             return Ok(Self::Dense(weight.on_device(place)?.t()?.contiguous()?));
         };
         let storage = QStorage::from_data(bytes.into(), place.device(), quantisation.on_device())?;
-        Ok(Self::Quantised(QTensor::new(storage, weight.dims())?))
+        Ok(Self::Quantised(Box::new(QTensor::new(storage, weight.dims())?)))
     }
 
     /// x (positions, in) · W, in x's format.
