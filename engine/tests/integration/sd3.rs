@@ -130,7 +130,8 @@ fn parts_that_do_not_fit_together_are_refused_by_name() {
             json!(48),
             "`joint_attention_dim` must be the `d_model` of `text_encoder_3` (48)",
         ),
-        ("text_encoder_3/config.json", "vocab_size", json!(32), "shared.weight [240, 40] instead of [32, 40]"),
+        ("text_encoder_3/config.json", "vocab_size", json!(300), "shared.weight [240, 40] instead of [300, 40]"),
+        ("text_encoder_3/config.json", "vocab_size", json!(32), "the text encoder only 32 embeddings"),
         ("vae/config.json", "latent_channels", json!(8), "another shape"),
     ] {
         let text = broken(file, field, value);
