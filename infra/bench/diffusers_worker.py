@@ -81,7 +81,7 @@ class Picture:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        parts = quantised_parts(args.checkpoint, DTYPES[args.precision])
+        parts = absent_parts(args.checkpoint) | quantised_parts(args.checkpoint, DTYPES[args.precision])
         pipe = DiffusionPipeline.from_pretrained(args.checkpoint, torch_dtype=DTYPES[args.precision], use_safetensors=True, **parts)
         denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
         denoiser.to(memory_format=LAYOUTS[args.layout])
@@ -101,6 +101,12 @@ class Picture:
         if args.out:
             pictures[0].save(args.out)
         return seconds
+
+
+def absent_parts(checkpoint: Path) -> dict:
+    """What the checkpoint says that it does without: diffusers wants to be told so."""
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    return {name: None for name, part in index.items() if part == [None, None]}
 
 
 def quantised_parts(checkpoint: Path, dtype: torch.dtype) -> dict:
