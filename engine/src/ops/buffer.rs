@@ -197,12 +197,14 @@ fn rounded(bytes: usize) -> usize {
 }
 
 fn map(bytes: usize) -> Result<MmapMut> {
-    const HUGE_PAGE: usize = 2 << 20;
     let room = MmapMut::map_anon(bytes).map_err(|_| refused(bytes))?;
     #[cfg(target_os = "linux")]
-    if bytes >= HUGE_PAGE {
-        // A wish: many systems grant huge pages only to those who ask.
-        let _ = room.advise(memmap2::Advice::HugePage);
+    {
+        const HUGE_PAGE: usize = 2 << 20;
+        if bytes >= HUGE_PAGE {
+            // A wish: many systems grant huge pages only to those who ask.
+            let _ = room.advise(memmap2::Advice::HugePage);
+        }
     }
     Ok(room)
 }
