@@ -3,8 +3,8 @@
 use candle_core::{D, DType};
 use half::bf16;
 
-use super::buffer::{Buffer, Format};
-use super::kernel::attention::{self, Shape};
+use super::buffer::{Buffer, Format, Value};
+use super::kernel::attention::{self, Inputs, Shape};
 use super::kernel::isa::Isa;
 use super::misuse;
 use super::tensor::Tensor;
@@ -81,16 +81,24 @@ fn on_host(
 ) -> Result<Tensor> {
     let (query, key, value) = (query.resolved()?, key.resolved()?, value.resolved()?);
     let (q, k, v) = (query.host()?, key.host()?, value.host()?);
-    let compute = |format: Format| -> Result<Buffer> {
-        match format {
-            Format::F32 => attention::attention::<f32>(isa, q.values(), k.values(), v.values(), distances, shape),
-            Format::Bf16 => attention::attention::<bf16>(isa, q.values(), k.values(), v.values(), distances, shape),
-        }
-    };
     if k.format() != q.format() || v.format() != q.format() {
         return Err(misuse("attention was given tensors of different formats".to_owned()));
     }
-    Ok(Tensor::on_host(compute(q.format())?, query.dims()))
+    let output = match q.format() {
+        Format::F32 => attention::attention(isa, inputs::<f32>(q, k, v, distances, shape)),
+        Format::Bf16 => attention::attention(isa, inputs::<bf16>(q, k, v, distances, shape)),
+    };
+    Ok(Tensor::on_host(output?, query.dims()))
+}
+
+fn inputs<'a, E: Value>(
+    query: &'a Buffer,
+    key: &'a Buffer,
+    value: &'a Buffer,
+    distances: Option<&'a [f32]>,
+    shape: Shape,
+) -> Inputs<'a, E> {
+    Inputs { query: query.values(), key: key.values(), value: value.values(), distances, shape }
 }
 
 fn on_device(
@@ -137,6 +145,8 @@ fn on_device(
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_arch = "x86_64")]
+    use crate::ops::kernel::emulated_attention;
     use crate::ops::reference;
     use crate::ops::tensor::Place;
 
@@ -176,15 +186,50 @@ mod tests {
         [(Place::host(), 1e-5), (reference::bf16_place(), 1e-2)]
     }
 
-    /// Compares all that this processor can run with the definition.
+    /// How attention can be computed on this processor.
+    #[derive(Clone, Copy, Debug)]
+    enum Way {
+        By(Isa),
+        /// By tiles as plain Rust emulates them, and what else these instructions do.
+        #[cfg(target_arch = "x86_64")]
+        EmulatedTiles(Isa),
+    }
+
+    fn ways(of: &Tensor) -> Vec<Way> {
+        let ways = Isa::available().into_iter().map(Way::By);
+        // Tiles are of `bf16`, and go with vectors of sixteen.
+        #[cfg(target_arch = "x86_64")]
+        let ways = ways.chain(
+            Isa::available()
+                .into_iter()
+                .filter(|isa| of.format() == Some(Format::Bf16) && *isa >= Isa::Avx512)
+                .map(Way::EmulatedTiles),
+        );
+        ways.collect()
+    }
+
+    fn by(way: Way, [q, k, v]: [&Tensor; 3], distances: Option<&[f32]>, shape: Shape) -> Vec<f32> {
+        let output = match way {
+            Way::By(isa) => on_host(isa, q, k, v, distances, shape).unwrap(),
+            #[cfg(target_arch = "x86_64")]
+            Way::EmulatedTiles(isa) => {
+                let (query, key, value) = (q.host().unwrap(), k.host().unwrap(), v.host().unwrap());
+                let output = emulated_attention(isa, inputs(query, key, value, distances, shape)).unwrap();
+                Tensor::on_host(output, q.dims())
+            }
+        };
+        reference::values(&output)
+    }
+
+    /// Compares all ways with the definition.
     fn check([rows, queries, keys]: [usize; 3], channels: usize, heads: usize, factor: f32, mask: Mask) {
         for (place, tolerance) in places() {
             let q = tensor([rows, queries, channels], 1, factor, &place);
             let [k, v] = [2, 3].map(|salt| tensor([rows, keys, channels], salt, 1.0, &place));
             let expected = plain(&q, &k, &v, heads, mask);
-            for isa in Isa::available() {
-                let got = on_host(isa, &q, &k, &v, None, shape(&q, &k, &v, heads, mask).unwrap()).unwrap();
-                reference::assert_close(&reference::values(&got), &expected, tolerance);
+            let shape = shape(&q, &k, &v, heads, mask).unwrap();
+            for way in ways(&v) {
+                reference::assert_close(&by(way, [&q, &k, &v], None, shape), &expected, tolerance);
             }
         }
     }
@@ -220,9 +265,9 @@ mod tests {
             let keys: Vec<f32> = keys.map(|(at, key)| key * 10.0 + (at / 16) as f32 / 30.0).collect();
             let k = Tensor::new(&keys, &[1, 700, 16], &place).unwrap();
             let expected = plain(&q, &k, &v, 1, Mask::None);
-            for isa in Isa::available() {
-                let got = on_host(isa, &q, &k, &v, None, shape(&q, &k, &v, 1, Mask::None).unwrap()).unwrap();
-                reference::assert_close(&reference::values(&got), &expected, tolerance);
+            let shape = shape(&q, &k, &v, 1, Mask::None).unwrap();
+            for way in ways(&v) {
+                reference::assert_close(&by(way, [&q, &k, &v], None, shape), &expected, tolerance);
             }
         }
     }
@@ -246,16 +291,13 @@ mod tests {
         for (place, _) in places() {
             let q = tensor([1, 70, 24], 1, 60.0, &place);
             let [k, v] = [2, 3].map(|salt| tensor([1, 300, 24], salt, 10.0, &place));
-            for isa in Isa::available() {
-                let run = |q: &Tensor| {
-                    let shape = shape(q, &k, &v, 2, Mask::None).unwrap();
-                    reference::values(&on_host(isa, q, &k, &v, None, shape).unwrap())
-                };
+            for way in ways(&v) {
+                let run = |q: &Tensor| by(way, [q, &k, &v], None, shape(q, &k, &v, 2, Mask::None).unwrap());
                 let all = run(&q);
                 for query in [0, 47, 69] {
                     let alone = &reference::values(&q)[query * 24..(query + 1) * 24];
                     let alone = run(&Tensor::new(alone, &[1, 1, 24], &place).unwrap());
-                    assert_eq!(alone, all[query * 24..(query + 1) * 24], "{isa}");
+                    assert_eq!(alone, all[query * 24..(query + 1) * 24], "{way:?}");
                 }
             }
         }
@@ -274,12 +316,14 @@ mod tests {
                     Tensor::new(&values, &[2, 50, 8], &place).unwrap()
                 });
                 let [q, k, v] = &inputs;
-                for isa in Isa::available() {
-                    let got = on_host(isa, q, k, v, None, shape(q, k, v, 2, Mask::None).unwrap()).unwrap();
-                    let got = reference::values(&got);
-                    assert!(got[..50 * 8].iter().all(|value| value.is_finite()), "{isa}: another row");
-                    assert!(got[50 * 8..].iter().any(|value| !value.is_finite()), "{isa}: input {poisoned}");
-                    assert!(got.chunks(8).all(|token| token[..4].iter().all(|value| value.is_finite())), "{isa}: head");
+                for way in ways(v) {
+                    let got = by(way, [q, k, v], None, shape(q, k, v, 2, Mask::None).unwrap());
+                    assert!(got[..50 * 8].iter().all(|value| value.is_finite()), "{way:?}: another row");
+                    assert!(got[50 * 8..].iter().any(|value| !value.is_finite()), "{way:?}: input {poisoned}");
+                    assert!(
+                        got.chunks(8).all(|token| token[..4].iter().all(|value| value.is_finite())),
+                        "{way:?}: head"
+                    );
                 }
             }
         }
@@ -309,9 +353,8 @@ mod tests {
                 let [k, v] = [2, 3].map(|salt| tensor([rows, keys, channels], salt, 1.0, &place));
                 let expected = plain_with_distances(&q, &k, &v, heads, &distances);
                 let shape = shape(&q, &k, &v, heads, Mask::None).unwrap();
-                for isa in Isa::available() {
-                    let got = on_host(isa, &q, &k, &v, Some(&distances), shape).unwrap();
-                    reference::assert_close(&reference::values(&got), &expected, tolerance);
+                for way in ways(&v) {
+                    reference::assert_close(&by(way, [&q, &k, &v], Some(&distances), shape), &expected, tolerance);
                 }
                 let got = relative_attention(&q, &k, &v, heads, &distances).unwrap();
                 for row in 0..rows {

@@ -1,4 +1,5 @@
-//! Products by tiles of `bf16` (Intel AMX), sixteen positions times sixteen outputs each.
+//! Products by tiles of `bf16` (Intel AMX), sixteen positions times sixteen outputs each; those of attention are in
+//! `attention`.
 //!
 //! Four tiles hold sums (32 positions × 32 outputs), two the left factor and two the weights, so that a tile
 //! loaded is used twice. Packed weights are tiles as they lie; the left factor's rows are read from the
@@ -13,6 +14,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+mod attention;
 #[cfg(test)]
 mod emulated;
 mod hardware;
@@ -20,6 +22,9 @@ mod product;
 #[cfg(test)]
 mod tests;
 
+pub(super) use attention::ATTENTION_TILE;
+#[cfg(test)]
+pub(in crate::ops) use attention::emulated_attention;
 pub(super) use hardware::{Hardware, is_available};
 pub(super) use product::CHUNK_STEPS;
 

@@ -9,8 +9,11 @@
 //! grows beyond that is the block computed again relative to its own largest score and what came before
 //! scaled down. Each query does so by its own numbers alone.
 
+use std::ops::Range;
+
 use super::attention_pack::{Lines, into_lanes, out_of_lanes};
 use super::attention_probability::Probability;
+use super::attention_softmax::Scores;
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
@@ -25,14 +28,16 @@ const HIGH: f32 = (1u64 << 60) as f32;
 /// One head of one row, packed.
 #[derive(Clone, Copy)]
 pub(super) struct Head<'a, E> {
-    /// (keys, depth)
+    /// (keys, depth), perhaps with zeros behind the last key.
     pub keys: &'a [E],
-    /// (blocks of keys, width, [`block_keys`]), zeros behind the last key.
+    /// (blocks of keys, lines, [`block_keys`]), zeros behind the last key.
     pub values: &'a [E],
     pub count: usize,
     pub width: usize,
-    /// The width as whole `DEPTH`s.
+    /// The width with the zeros behind it in a key,
     pub depth: usize,
+    /// and in the values.
+    pub lines: usize,
     /// What makes scores exponents of 2.
     pub scale: f32,
     pub causal: bool,
@@ -63,8 +68,16 @@ pub(super) fn group_queries<S: Simd>(left: usize) -> usize {
 }
 
 /// Values of scratch that a group of `queries` needs: in the head's format, and in `f32`.
-pub(super) fn scratch_len<E: Probability>(depth: usize, queries: usize) -> (usize, usize) {
-    ((block_keys::<E>() + depth) * queries, depth * queries)
+pub(super) fn scratch_len<E: Probability>(depth: usize, lines: usize, queries: usize) -> (usize, usize) {
+    ((block_keys::<E>() + depth) * queries, lines * queries)
+}
+
+/// Who computes a group's two products.
+pub(super) trait Products<E: Probability> {
+    /// Computes the scores of `keys`, within a block, and has the group [take](Group::take) them.
+    fn scores<S: Simd, const V: usize>(&mut self, group: &mut Group<S, E, V>, keys: Range<usize>, then: Scores);
+    /// Adds to the outputs the values of `keys`, within a block, as the block's probabilities weigh them.
+    fn outputs<S: Simd, const V: usize>(&mut self, group: &mut Group<S, E, V>, keys: Range<usize>);
 }
 
 /// # Safety
@@ -72,17 +85,17 @@ pub(super) fn scratch_len<E: Probability>(depth: usize, queries: usize) -> (usiz
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd, E: Probability>(
     simd: S,
+    products: &mut impl Products<E>,
     head: Head<E>,
     queries: Queries<E>,
-    narrow: &mut [E],
-    wide: &mut [f32],
+    (narrow, wide): (&mut [E], &mut [f32]),
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match (queries.lines.count.div_ceil(S::LANES), vectors::<S>()) {
-            (1, _) => Group::<S, E, 1>::new(simd, head, queries, narrow, wide).run(),
-            (_, 2) => Group::<S, E, 2>::new(simd, head, queries, narrow, wide).run(),
-            _ => Group::<S, E, 3>::new(simd, head, queries, narrow, wide).run(),
+            (1, _) => Group::<S, E, 1>::new(simd, head, queries, narrow, wide).run(products),
+            (_, 2) => Group::<S, E, 2>::new(simd, head, queries, narrow, wide).run(products),
+            _ => Group::<S, E, 3>::new(simd, head, queries, narrow, wide).run(products),
         }
     }
 }
@@ -92,11 +105,11 @@ pub(super) struct Group<'a, S: Simd, E, const V: usize> {
     pub(super) simd: S,
     pub(super) head: Head<'a, E>,
     pub(super) queries: Queries<'a, E>,
-    /// (depth / DEPTH, lanes, DEPTH): the queries, and their outputs in the end.
+    /// (depth / DEPTH, lanes, DEPTH): the queries, zeros behind them, and their outputs in the end.
     pub(super) lanes: &'a mut [E],
     /// (keys / DEPTH, lanes, DEPTH): a block's probabilities.
     pub(super) block: &'a mut [E],
-    /// (width, lanes): what the probabilities so far weigh the values to.
+    /// (lines, lanes): what the probabilities so far weigh the values to.
     pub(super) outputs: &'a mut [f32],
     /// What a query's exponents are taken relative to, negative.
     pub(super) below: [S::F32; V],
@@ -106,33 +119,21 @@ pub(super) struct Group<'a, S: Simd, E, const V: usize> {
     pub(super) sum: [S::F32; V],
 }
 
-/// What becomes of a block of scores.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Scores {
-    /// Probabilities, relative to the first tile's largest.
-    Start,
-    /// Probabilities.
-    Weigh,
-    /// `sum` becomes their largest.
-    Measure,
-    /// Probabilities; their sums are fine.
-    WeighAgain,
-}
-
 impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
     pub(super) const LANES: usize = V * S::LANES;
 
     /// Checks what the tiles will touch.
     #[inline(always)]
     fn new(simd: S, head: Head<'a, E>, queries: Queries<'a, E>, narrow: &'a mut [E], wide: &'a mut [f32]) -> Self {
-        let Head { keys, values, count, width, depth, .. } = head;
-        assert!(depth == width.next_multiple_of(E::DEPTH) && keys.len() == count * depth, "packed keys");
-        assert!(values.len() == count.next_multiple_of(block_keys::<E>()) * width, "packed values");
+        let Head { keys, values, count, width, depth, lines, .. } = head;
+        assert!(depth >= width && depth.is_multiple_of(E::DEPTH) && keys.len() >= count * depth, "packed keys");
+        let blocks = count.next_multiple_of(block_keys::<E>());
+        assert!(lines >= width && values.len() == blocks * lines, "packed values");
         let behind = queries.first + Self::LANES + count - 1;
         assert!(head.distances.is_none_or(|distances| behind <= distances.len()), "distances of keys");
         assert!(queries.lines.width == width && queries.lines.count <= Self::LANES, "queries of a group");
         let (lanes, block) = narrow.split_at_mut(depth * Self::LANES);
-        let (block, outputs) = (&mut block[..block_keys::<E>() * Self::LANES], &mut wide[..depth * Self::LANES]);
+        let (block, outputs) = (&mut block[..block_keys::<E>() * Self::LANES], &mut wide[..lines * Self::LANES]);
         let zeros = [simd.splat(0.0); V];
         Self { simd, head, queries, lanes, block, outputs, below: zeros, total: zeros, sum: zeros }
     }
@@ -140,7 +141,7 @@ impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
     /// # Safety
     /// As [`attend`].
     #[inline(always)]
-    unsafe fn run(&mut self) {
+    unsafe fn run(&mut self, products: &mut impl Products<E>) {
         let Lines { count: queries, .. } = self.queries.lines;
         // Nobody sees the keys behind the last query.
         let most = if self.head.causal { self.queries.first + queries } else { usize::MAX };
@@ -148,26 +149,26 @@ impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
         into_lanes(self.queries.from, self.queries.lines, self.lanes, Self::LANES);
         for start in (0..count).step_by(block_keys::<E>()) {
             let end = count.min(start + block_keys::<E>());
-            self.probabilities(start, end);
+            self.probabilities(products, start..end);
             for (total, sum) in self.total.iter_mut().zip(self.sum) {
                 *total = self.simd.add(*total, sum);
             }
-            self.multiply(start, end);
+            products.outputs(self, start..end);
         }
         self.divide();
         // SAFETY: the caller's promise.
         unsafe { out_of_lanes(self.lanes, Self::LANES, self.queries.to, self.queries.lines) }
     }
 
-    /// Makes `block` and `sum` those of the keys from `start` to `end`.
+    /// Makes `block` and `sum` those of `keys`.
     #[inline(always)]
-    fn probabilities(&mut self, start: usize, end: usize) {
+    fn probabilities(&mut self, products: &mut impl Products<E>, keys: Range<usize>) {
         let simd = self.simd;
-        let mut then = if start == 0 { Scores::Start } else { Scores::Weigh };
+        let mut then = if keys.start == 0 { Scores::Start } else { Scores::Weigh };
         let mut sums = self.sum;
         loop {
             self.sum = [simd.splat(if then == Scores::Measure { f32::NEG_INFINITY } else { 0.0 }); V];
-            self.scores(start, end, then);
+            products.scores(self, keys.clone(), then);
             let highest = self.sum[1..].iter().fold(self.sum[0], |a, b| simd.max(a, *b));
             then = match then {
                 Scores::Start | Scores::Weigh if simd.largest(highest) > HIGH => Scores::Measure,
@@ -176,7 +177,7 @@ impl<'a, S: Simd, E: Probability, const V: usize> Group<'a, S, E, V> {
             };
             match then {
                 Scores::Measure => sums = self.sum,
-                _ => self.raise(sums, start > 0),
+                _ => self.raise(sums, keys.start > 0),
             }
         }
     }

@@ -37,14 +37,43 @@ impl Shape {
     }
 }
 
-/// The keys as (rows, heads, keys, depth) and the values as (rows, heads, blocks of keys, width, keys of a
-/// block), zeros where there is nothing; the depth is the width as whole `DEPTH`s.
-pub(super) fn pack<E: Element>(key: &[E], value: &[E], shape: Shape) -> Result<(Buffer, Buffer)> {
+/// What a head's parts are filled up to with zeros.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Packing {
+    /// Keys of a head.
+    pub keys: usize,
+    /// Its width in a key,
+    pub depth: usize,
+    /// and in the values.
+    pub lines: usize,
+}
+
+impl Packing {
+    /// Keys and widths in multiples of these.
+    pub fn new(shape: Shape, [keys, depth, lines]: [usize; 3]) -> Self {
+        Self {
+            keys: shape.keys.next_multiple_of(keys),
+            depth: shape.width().next_multiple_of(depth),
+            lines: shape.width().next_multiple_of(lines),
+        }
+    }
+
+    /// Values of a head's packed keys, and of its packed values.
+    pub fn len<E>(self) -> (usize, usize) {
+        (self.keys * self.depth, self.keys.next_multiple_of(block_keys::<E>()) * self.lines)
+    }
+}
+
+/// The keys as (rows, heads, keys, depth) and the values as (rows, heads, blocks of keys, lines, keys of a
+/// block), zeros where there is nothing.
+pub(super) fn pack<E: Element>(key: &[E], value: &[E], shape: Shape, packing: Packing) -> Result<(Buffer, Buffer)> {
     let Shape { rows, keys, channels, heads, .. } = shape;
-    let (width, depth, block) = (shape.width(), shape.width().next_multiple_of(E::DEPTH), block_keys::<E>());
+    let (width, block) = (shape.width(), block_keys::<E>());
+    let Packing { depth, lines, .. } = packing;
     let blocks = keys.div_ceil(block);
-    let mut packed_keys = Buffer::new(E::FORMAT, rows * heads * keys * depth)?;
-    let mut packed_values = Buffer::new(E::FORMAT, rows * heads * blocks * block * width)?;
+    let (keys_len, values_len) = packing.len::<E>();
+    let mut packed_keys = Buffer::new(E::FORMAT, rows * heads * keys_len)?;
+    let mut packed_values = Buffer::new(E::FORMAT, rows * heads * values_len)?;
     let shared_keys = Shared::new(packed_keys.values_mut::<E>());
     let shared_values = Shared::new(packed_values.values_mut::<E>());
     // Moving a value takes about as long as a few multiply-adds.
@@ -52,14 +81,17 @@ pub(super) fn pack<E: Element>(key: &[E], value: &[E], shape: Shape) -> Result<(
         let (head, first) = (task / blocks, task % blocks * block);
         let count = block.min(keys - first);
         let start = (head / heads * keys + first) * channels + head % heads * width;
-        let places = (head * keys + first) * depth..(head * keys + first + count) * depth;
+        let of_keys = head * keys_len + first * depth..head * keys_len + packing.keys.min(first + block) * depth;
+        let of_values = task * block * lines..(task + 1) * block * lines;
         // SAFETY: each task writes its own block of its own head.
-        let (to_keys, to_values) =
-            unsafe { (shared_keys.part(places), shared_values.part(task * block * width..(task + 1) * block * width)) };
+        let (to_keys, to_values) = unsafe { (shared_keys.part(of_keys), shared_values.part(of_values)) };
         for (at, to) in to_keys.chunks_exact_mut(depth).enumerate() {
-            to[..width].copy_from_slice(&key[start + at * channels..][..width]);
-            to[width..].fill(E::default());
+            let from = if at < count { &key[start + at * channels..][..width] } else { &[] };
+            to[..from.len()].copy_from_slice(from);
+            to[from.len()..].fill(E::default());
         }
+        let (to_values, behind) = to_values.split_at_mut(width * block);
+        behind.fill(E::default());
         // A cache line of each key at a time, so that the lines written to stay near.
         for (first, to_values) in to_values.chunks_mut(COLUMNS * block).enumerate() {
             let columns = to_values.len() / block;
@@ -89,15 +121,16 @@ pub(super) struct Lines {
     pub width: usize,
 }
 
-/// Puts the lines of `from` into the lanes of `to` (width / DEPTH, lanes, DEPTH), zeros where there is nothing.
+/// Puts the lines of `from` into the lanes of `to` (at least width / DEPTH, lanes, DEPTH), zeros where there is
+/// nothing.
 #[inline(never)]
 pub(super) fn into_lanes<E: Element>(from: &[E], lines: Lines, to: &mut [E], lanes: usize) {
     let Lines { start, stride, count, width } = lines;
-    if count < lanes || width % E::DEPTH != 0 {
+    if count < lanes || to.len() > width * lanes {
         to.fill(E::default());
     }
     // All lines side by side: each is somewhere else in memory, and so they are waited for together.
-    for (at, to) in to.chunks_exact_mut(lanes * E::DEPTH).enumerate() {
+    for (at, to) in to.chunks_exact_mut(lanes * E::DEPTH).enumerate().take(width.div_ceil(E::DEPTH)) {
         let depth = E::DEPTH.min(width - at * E::DEPTH);
         let from = &from[start + at * E::DEPTH..][..(count - 1) * stride + depth];
         if depth == 2 {

@@ -5,8 +5,8 @@
 //! and `bf16` factors), `convert` (numbers as stored), `panels` and `packing` (packed weights), `blocks` and
 //! `quantised` (weights of few bits), `tile` (the innermost loop), `product` (blocks of positions times panels,
 //! and what is done with the sums), `winograd` and `winograd_product` (the same with fewer products),
-//! `functions`, `attention` (keys and queries head by head), `attention_group` (the softmax) and
-//! `attention_tiles` (its two products).
+//! `functions`, `attention` (keys and queries head by head), `attention_pack`, `attention_group` (block by block of
+//! keys), `attention_softmax` and `attention_vectors` (its two products), `amx` (products by tiles).
 
 // Kernels read and write raw memory throughout; every `unsafe fn` says what it needs, and the boundaries
 // (`product`, `windows`) check it once per block.
@@ -27,7 +27,8 @@ pub(super) mod winograd_product;
 mod attention_group;
 mod attention_pack;
 mod attention_probability;
-mod attention_tiles;
+mod attention_softmax;
+mod attention_vectors;
 mod packing;
 mod portable;
 mod quantised;
@@ -39,3 +40,6 @@ mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(super) use amx::emulated_attention;

@@ -1,5 +1,6 @@
 use super::emulated::Emulated;
 use super::*;
+use crate::ops::kernel::attention::{Inputs, Shape, attention};
 use crate::ops::kernel::blocks::Quantisation;
 use crate::ops::kernel::isa::{Isa, Kernel, dispatch};
 use crate::ops::kernel::panels::Panels;
@@ -214,6 +215,24 @@ fn the_processor_computes_as_the_emulated_unit_does() {
         let got = sums(&case, &mut unsafe { Hardware::new() }, GROUP);
         let expected = sums(&case, &mut Emulated::new(), GROUP);
         assert!(got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}
+
+#[test]
+fn attention_on_the_processor_is_that_of_the_emulated_unit() {
+    if !Isa::available().contains(&Isa::Amx) {
+        return;
+    }
+    for (queries, keys, heads, width) in [(1, 1, 1, 1), (70, 33, 3, 40), (100, 300, 2, 80), (48, 77, 1, 160)] {
+        let shape = Shape { rows: 1, queries, keys, channels: heads * width, heads, causal: false };
+        let values = |count: usize, salt: u32| -> Vec<bf16> {
+            numbers(count * heads * width, salt).into_iter().map(bf16::from_f32).collect()
+        };
+        let (query, key, value) = (values(queries, 1), values(keys, 2), values(keys, 3));
+        let inputs = Inputs { query: &query, key: &key, value: &value, distances: None, shape };
+        let got = attention(Isa::Amx, inputs).unwrap();
+        let expected = emulated_attention(Isa::Amx, inputs).unwrap();
+        assert!(got.values::<bf16>() == expected.values::<bf16>(), "{shape:?}");
     }
 }
 

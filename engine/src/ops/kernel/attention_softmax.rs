@@ -1,49 +1,34 @@
-//! The innermost loops of attention: a few keys, or a few columns of the values, times the queries in the
-//! lanes. What a product yields stays in registers until it is a probability.
+//! What becomes of scores: probabilities, and their sums.
 
-use super::attention_group::{Group, Scores, block_keys};
+use super::attention_group::{Group, block_keys};
 use super::attention_probability::Probability;
 use super::simd::Simd;
 
-impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
-    /// The scores of the keys from `start` to `end`, and what becomes of them.
-    #[inline(always)]
-    pub(super) fn scores(&mut self, start: usize, end: usize, then: Scores) {
-        let mut key = start;
-        if S::TILE.0 == 8 {
-            while key + 8 <= end {
-                self.score_tile::<8>(key, start, then);
-                key += 8;
-            }
-        } else {
-            while key + 6 <= end {
-                self.score_tile::<6>(key, start, then);
-                key += 6;
-            }
-        }
-        while key + 4 <= end {
-            self.score_tile::<4>(key, start, then);
-            key += 4;
-        }
-        if key + 2 <= end {
-            self.score_tile::<2>(key, start, then);
-            key += 2;
-        }
-        if key < end {
-            self.score_tile::<1>(key, start, then);
-        }
-    }
+/// What becomes of a block of scores.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scores {
+    /// Probabilities, relative to the largest of the first few keys.
+    Start,
+    /// Probabilities.
+    Weigh,
+    /// `sum` becomes their largest.
+    Measure,
+    /// Probabilities; their sums are fine.
+    WeighAgain,
+}
 
+impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
+    /// Takes the scores of `M` keys from `key` on, of a block of keys that starts at `start`.
     #[inline(always)]
-    fn score_tile<const M: usize>(&mut self, key: usize, start: usize, then: Scores) {
+    pub(super) fn take<const M: usize>(
+        &mut self,
+        key: usize,
+        start: usize,
+        then: Scores,
+        mut scores: [[S::F32; V]; M],
+    ) {
         let (simd, head) = (self.simd, self.head);
         debug_assert!(key + M <= head.count && key + M - start <= block_keys::<E>());
-        // SAFETY: `new` saw to the keys and the lanes.
-        let mut scores = unsafe {
-            let keys = head.keys.as_ptr().add(key * head.depth);
-            let zeros = [[simd.splat(0.0); V]; M];
-            products::<S, E, M, V>(simd, zeros, keys, head.depth, self.lanes.as_ptr(), head.depth / E::DEPTH)
-        };
         if let Some(distances) = head.distances {
             self.add_distances(key, distances, &mut scores);
         }
@@ -147,89 +132,4 @@ impl<S: Simd, E: Probability, const V: usize> Group<'_, S, E, V> {
             }
         }
     }
-
-    /// Adds the values of the keys from `start` to `end` as the block's probabilities weigh them.
-    #[inline(always)]
-    pub(super) fn multiply(&mut self, start: usize, end: usize) {
-        let (width, mut line) = (self.head.width, 0);
-        if S::TILE.0 == 8 {
-            while line + 8 <= width {
-                self.output_tile::<8>(line, start, end);
-                line += 8;
-            }
-        } else {
-            while line + 6 <= width {
-                self.output_tile::<6>(line, start, end);
-                line += 6;
-            }
-        }
-        while line + 4 <= width {
-            self.output_tile::<4>(line, start, end);
-            line += 4;
-        }
-        if line + 2 <= width {
-            self.output_tile::<2>(line, start, end);
-            line += 2;
-        }
-        if line < width {
-            self.output_tile::<1>(line, start, end);
-        }
-    }
-
-    #[inline(always)]
-    fn output_tile<const M: usize>(&mut self, line: usize, start: usize, end: usize) {
-        debug_assert!(line + M <= self.head.width && end <= self.head.count);
-        let simd = self.simd;
-        let mut totals = [[simd.splat(0.0); V]; M];
-        // SAFETY: `new` saw to the values, the block and the outputs.
-        unsafe {
-            let outputs = self.outputs.as_mut_ptr().add(line * Self::LANES);
-            let at = |line: usize, vector: usize| outputs.add(line * Self::LANES + vector * S::LANES);
-            if start > 0 {
-                for (line, totals) in totals.iter_mut().enumerate() {
-                    for (vector, total) in totals.iter_mut().enumerate() {
-                        *total = simd.load(at(line, vector));
-                    }
-                }
-            }
-            let stride = block_keys::<E>();
-            let values = self.head.values.as_ptr().add(start * self.head.width + line * stride);
-            let steps = (end - start).div_ceil(E::DEPTH);
-            let totals = products::<S, E, M, V>(simd, totals, values, stride, self.block.as_ptr(), steps);
-            for (line, totals) in totals.iter().enumerate() {
-                for (vector, total) in totals.iter().enumerate() {
-                    simd.store(at(line, vector), *total);
-                }
-            }
-        }
-    }
-}
-
-/// `totals` + left (`M` lines, `stride` apart) · right (`steps`, `V` vectors).
-/// # Safety
-/// Both must be there.
-#[inline(always)]
-unsafe fn products<S: Simd, E: Probability, const M: usize, const V: usize>(
-    simd: S,
-    mut totals: [[S::F32; V]; M],
-    left: *const E,
-    stride: usize,
-    right: *const E,
-    steps: usize,
-) -> [[S::F32; V]; M] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        for step in 0..steps {
-            let right = right.add(step * V * S::LANES * E::DEPTH);
-            let factors: [E::Factor<S>; V] =
-                std::array::from_fn(|vector| E::load_factor(simd, right.add(vector * S::LANES * E::DEPTH)));
-            for (line, totals) in totals.iter_mut().enumerate() {
-                let value = E::splat_factor(simd, left.add(line * stride + step * E::DEPTH));
-                for (total, factor) in totals.iter_mut().zip(factors) {
-                    *total = E::multiply_add(simd, *total, value, factor);
-                }
-            }
-        }
-    }
-    totals
 }
