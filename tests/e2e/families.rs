@@ -1,12 +1,11 @@
 //! Every family through the API, the queue and the bucket: the pictures are diffusers', and their files say what was asked.
 
-use std::path::Path;
 use std::time::Duration;
 
 use image::RgbImage;
 use serde_json::{Value, json};
 
-use crate::support::{Farm, eventually, repository, services};
+use crate::support::{Farm, eventually, golden, services};
 
 /// Each with the list that has its pictures.
 const CHECKPOINTS: [(&str, &str); 8] = [
@@ -23,70 +22,36 @@ const CHECKPOINTS: [(&str, &str); 8] = [
 /// Pictures of each checkpoint.
 const PICTURES: usize = 3;
 
-/// What a request and its golden have in common.
-const FIELDS: [&str; 12] = [
-    "prompt",
-    "negative_prompt",
-    "width",
-    "height",
-    "steps",
-    "guidance_scale",
-    "sampler",
-    "schedule",
-    "seed",
-    "max_sequence_length",
-    "true_cfg_scale",
-    "skip_layer_guidance",
-];
-
 struct Golden {
     job: Value,
     picture: RgbImage,
 }
 
-/// The golden's request as a client would send it.
-fn job(golden: &Value) -> Value {
-    let asked = FIELDS.iter().filter(|field| !golden[**field].is_null());
-    let mut job: serde_json::Map<String, Value> =
-        asked.map(|field| ((*field).to_owned(), golden[*field].clone())).collect();
-    job.insert("model".to_owned(), golden["checkpoint"].clone());
-    let sizes = ["original_size", "crop", "target_size"].into_iter().filter(|field| !golden[*field].is_null());
-    let sizes: serde_json::Map<String, Value> = sizes.map(|field| (field.to_owned(), golden[field].clone())).collect();
-    if !sizes.is_empty() {
-        job.insert("micro_conditioning".to_owned(), sizes.into());
-    }
-    job.into()
-}
-
-fn goldens(fixtures: &Path) -> Vec<Golden> {
+fn goldens() -> Vec<Golden> {
     let read = |(checkpoint, list): &(&str, &str)| {
-        let list = std::fs::read_to_string(fixtures.join(list)).expect("a list of pictures");
-        let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
-        let own: Vec<Value> = list.into_iter().filter(|golden| golden["checkpoint"] == *checkpoint).collect();
+        let own: Vec<Value> =
+            golden::list(list).into_iter().filter(|golden| golden["checkpoint"] == *checkpoint).collect();
         assert!(own.len() >= PICTURES, "{checkpoint} has only {} pictures", own.len());
         own.into_iter().take(PICTURES)
     };
-    let golden = |golden: Value| {
-        let file = fixtures.join("pictures").join(golden["file"].as_str().expect("a file's name"));
-        Golden { job: job(&golden), picture: image::open(file).expect("a picture").into_rgb8() }
+    let golden = |entry: Value| {
+        let picture = golden::picture(entry["file"].as_str().expect("a file's name"));
+        Golden { job: golden::job(&entry), picture }
     };
     CHECKPOINTS.iter().flat_map(read).map(golden).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_family_renders_diffusers_pictures_with_complete_metadata() {
-    let fixtures = repository().join("engine/tests/fixtures");
-    let folder = |name: &str| fixtures.join("checkpoints").join(name).display().to_string();
-    let models = CHECKPOINTS.map(|(name, _)| format!("{name}={}", folder(name))).join(",");
     let more = [
-        ("KILN_MODELS", models),
+        ("KILN_MODELS", golden::models(&CHECKPOINTS.map(|(name, _)| name))),
         ("KILN_WORKER_DTYPE", "f32".to_owned()),
         // Every encoder is read anew for prompts that are new; that must not show.
         ("KILN_WORKER_TEXT_ENCODERS", "drop".to_owned()),
     ];
     let farm = Farm::start_with(services().await, 1, &more).await;
 
-    let goldens = goldens(&fixtures);
+    let goldens = goldens();
     let submission = farm.client.submit(goldens.iter().map(|golden| golden.job.clone()).collect()).await;
     farm.wait_for(&submission, "done", goldens.len() as u64, Duration::from_secs(300)).await;
 
@@ -97,9 +62,7 @@ async fn every_family_renders_diffusers_pictures_with_complete_metadata() {
         let id = job["job_id"].as_str().expect("an id");
         let png = farm.client.bytes(&format!("/v1/jobs/{id}/image")).await;
         let got = image::load_from_memory(&png).expect("a PNG").into_rgb8();
-        assert_eq!(got.dimensions(), golden.picture.dimensions(), "{}", golden.job);
-        let off = got.as_raw().iter().zip(golden.picture.as_raw()).map(|(a, b)| a.abs_diff(*b)).max();
-        assert!(off <= Some(1), "{} is off by {off:?}", golden.job);
+        golden::compare(&got, &golden.picture, &golden.job);
 
         let sidecar: Value =
             serde_json::from_slice(&farm.client.bytes(&format!("/v1/jobs/{id}/sidecar")).await).expect("JSON");

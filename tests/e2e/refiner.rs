@@ -1,68 +1,28 @@
 //! A base checkpoint's latent, handed over to a refiner through the API, the queue and the bucket; and on the command line.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use farm::latent::LatentFile;
-use image::RgbImage;
 use serde_json::{Value, json};
 
-use crate::support::{Farm, eventually, kiln, repository, services};
+use crate::support::golden::{self, checkpoint, picture};
+use crate::support::{Farm, eventually, kiln, services};
 
 const LIMIT: Duration = Duration::from_secs(180);
-
-/// What a request and its golden have in common.
-const FIELDS: [&str; 11] = [
-    "prompt",
-    "negative_prompt",
-    "width",
-    "height",
-    "steps",
-    "guidance_scale",
-    "sampler",
-    "schedule",
-    "seed",
-    "denoising_start",
-    "denoising_end",
-];
 
 /// Goldens whose base starts from noise, and the picture that the refiner makes of its latent.
 const PAIRS: [&str; 5] = ["refined-00", "refined-01", "refined-03", "refined-06", "refined-07"];
 
-fn fixtures() -> PathBuf {
-    repository().join("engine/tests/fixtures")
-}
-
-fn checkpoint(name: &str) -> String {
-    fixtures().join("checkpoints").join(name).display().to_string()
-}
-
-fn picture(name: &str) -> RgbImage {
-    image::open(fixtures().join("pictures").join(name)).expect("a picture").into_rgb8()
-}
-
 /// The rows that diffusers made, by the name of what they end in.
 fn rows() -> BTreeMap<String, Value> {
-    let list = std::fs::read_to_string(fixtures().join("handed_over.json")).expect("a list of rows");
-    let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
     let name = |row: &Value| row["file"].as_str().or(row["latent"].as_str()).expect("a name").to_owned();
-    list.into_iter().map(|row| (name(&row), row)).collect()
-}
-
-/// The row's request as a client would send it, with `more`.
-fn job(row: &Value, more: Value) -> Value {
-    let asked = FIELDS.iter().filter(|field| !row[**field].is_null());
-    let mut job: serde_json::Map<String, Value> =
-        asked.map(|field| ((*field).to_owned(), row[*field].clone())).collect();
-    job.insert("model".to_owned(), row["checkpoint"].clone());
-    job.extend(more.as_object().expect("an object").clone());
-    job.into()
+    golden::list("handed_over.json").into_iter().map(|row| (name(&row), row)).collect()
 }
 
 async fn start() -> Farm {
-    let names = ["sdxl", "sdxl_refiner", "sd1"];
-    let models = names.map(|name| format!("{name}={}", checkpoint(name))).join(",");
+    let models = golden::models(&["sdxl", "sdxl_refiner", "sd1"]);
     let more = [("KILN_MODELS", models), ("KILN_WORKER_DTYPE", "f32".to_owned())];
     Farm::start_with(services().await, 1, &more).await
 }
@@ -83,15 +43,10 @@ async fn bytes(farm: &Farm, job: &Value, what: &str) -> Vec<u8> {
     farm.client.bytes(&format!("/v1/jobs/{}/{what}", job["job_id"].as_str().expect("an id"))).await
 }
 
-fn difference(got: &RgbImage, expected: &RgbImage) -> u8 {
-    assert_eq!(got.dimensions(), expected.dimensions());
-    got.as_raw().iter().zip(expected.as_raw()).map(|(a, b)| a.abs_diff(*b)).max().expect("pixels")
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refiner_goes_on_from_the_latents_of_base_jobs_to_diffusers_pictures() {
     let (farm, rows) = (start().await, rows());
-    let bases = PAIRS.map(|name| job(&rows[&format!("{name}.base")], json!({}))).to_vec();
+    let bases = PAIRS.map(|name| golden::job(&rows[&format!("{name}.base")])).to_vec();
     let bases = jobs(&farm, bases, "done").await;
     let mut refined = Vec::new();
     for (place, (name, base)) in PAIRS.iter().zip(&bases).enumerate() {
@@ -104,12 +59,12 @@ async fn a_refiner_goes_on_from_the_latents_of_base_jobs_to_diffusers_pictures()
         let sidecar: Value = serde_json::from_slice(&bytes(&farm, base, "sidecar").await).expect("JSON");
         assert_eq!((&sidecar["image_key"], &sidecar["image_bytes"]), (&key.into(), &latent.len().into()));
         assert_eq!(sidecar["spec"]["options"]["denoising_end"], rows[&format!("{name}.base")]["denoising_end"]);
+        let mut job = golden::job(row);
         // A key of the farm's and an uploaded file are the same to a job.
-        let init_image = match place {
-            0 => farm.client.upload_as("application/safetensors", latent).await,
-            _ => key.to_owned(),
+        job["init_image"] = match place {
+            0 => farm.client.upload_as("application/safetensors", latent).await.into(),
+            _ => key.into(),
         };
-        let mut job = job(row, json!({ "init_image": init_image }));
         // Its size is the latent's, whether or not it is said.
         if place > 1 {
             job.as_object_mut().expect("an object").retain(|field, _| field != "width" && field != "height");
@@ -119,8 +74,7 @@ async fn a_refiner_goes_on_from_the_latents_of_base_jobs_to_diffusers_pictures()
     let refined = jobs(&farm, refined, "done").await;
     for (name, job) in PAIRS.iter().zip(&refined) {
         let got = image::load_from_memory(&bytes(&farm, job, "image").await).expect("a PNG").into_rgb8();
-        let off = difference(&got, &picture(&format!("{name}.png")));
-        assert!(off <= 1, "{name} is off by {off}");
+        golden::compare(&got, &picture(&format!("{name}.png")), name);
         assert_eq!(job["spec"]["init_image"]["strength"], Value::Null);
     }
 }
@@ -222,8 +176,7 @@ fn render_refines_in_one_command_or_in_two() {
     run(&["--model", "base", "--denoising-end", "0.7", "--out", &latent]);
     run(&["--model", &refiner, "--denoising-start", "0.7", "--init", &latent, "--out", &two]);
     for path in [&one, &two] {
-        let off = difference(&image::open(path).expect("a PNG").into_rgb8(), &expected);
-        assert!(off <= 1, "{path} is off by {off}");
+        golden::compare(&image::open(path).expect("a PNG").into_rgb8(), &expected, path);
     }
     for (arguments, words) in [
         (&["--model", "base", "--denoising-end", "0.7", "--out", &one][..], &["--out", ".safetensors"][..]),

@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, RunningBatch, render};
+use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, render};
 use image::RgbImage;
 
+use crate::company::{decode, in_company};
 use crate::flux::{T5, TRANSFORMER, with_gguf};
 use crate::golden::{self, Golden};
 use crate::pictures;
@@ -62,16 +63,8 @@ fn load(checkpoint: &str, device: &Device, precision: Precision) -> Arc<Checkpoi
 
 /// Pictures of one size in one running batch.
 fn render_together(checkpoint: &Arc<Checkpoint>, goldens: &[&Golden]) -> Vec<RgbImage> {
-    let mut batch = RunningBatch::new(Arc::clone(checkpoint), goldens[0].width, goldens[0].height);
-    for (id, golden) in (0..).zip(goldens) {
-        batch.join(id, &golden.request()).unwrap();
-    }
-    let mut latents = BTreeMap::new();
-    while !batch.is_empty() {
-        let steps = batch.step(&batch.rows()).unwrap();
-        latents.extend(steps.into_iter().filter_map(|step| Some((step.id, step.latent?))));
-    }
-    checkpoint.decode(&latents.into_values().collect::<Vec<_>>()).unwrap()
+    let requests: Vec<RowRequest> = goldens.iter().map(|golden| golden.request()).collect();
+    decode(checkpoint, in_company(checkpoint, &requests, |_| false))
 }
 
 /// The pictures of each checkpoint, those of one size together, the most first.

@@ -8,6 +8,7 @@ use engine::{
 };
 use image::RgbImage;
 
+use crate::company::{Finished, decode, drain};
 use crate::recipe::Recipe;
 use crate::support::{copy_of, cpu, folder, request};
 
@@ -162,11 +163,9 @@ fn a_changed_file_fails_only_rows_that_need_it(path: &Path, file: &Path, change:
     drops.prepare(&[asking("another one")], &[]);
 
     batch.join(3, &asking("a star")).unwrap();
-    let mut latents = Vec::new();
-    while !batch.is_empty() {
-        latents.extend(batch.step(&batch.rows()).unwrap().into_iter().filter_map(|step| step.latent));
-    }
-    let pictures = drops.decode(&latents).unwrap();
+    let mut finished = Finished::new();
+    drain(&mut batch, &mut finished);
+    let pictures = decode(&drops, finished);
     assert_eq!(pictures.len(), 2);
     assert!(pictures.iter().all(|picture| *picture == expected));
 }

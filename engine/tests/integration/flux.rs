@@ -1,10 +1,10 @@
 //! FLUX: whole pictures against diffusers', mixed batches, and what it refuses.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Error, Latent, LoadOptions, Precision, RowId, RowRequest, RunningBatch, render};
+use engine::{Checkpoint, Error, LoadOptions, Precision, RowRequest, RunningBatch, render};
 
+use crate::company::{alone, in_company};
 use crate::golden;
 use crate::support::{checkpoint, copy_of, cpu, fixtures, folder, request};
 
@@ -105,29 +105,10 @@ fn rows() -> Vec<RowRequest> {
     ]
 }
 
-fn step(batch: &mut RunningBatch, finished: &mut BTreeMap<RowId, Latent>) {
-    for step in batch.step(&batch.rows()).unwrap() {
-        finished.extend(step.latent.map(|latent| (step.id, latent)));
-    }
-}
-
 fn rows_equal_rows_alone(model: &Arc<Checkpoint>, what: &str) {
-    let (mut together, mut finished) = (RunningBatch::new(Arc::clone(model), 64, 48), BTreeMap::new());
+    let finished = in_company(model, &rows(), |_| true);
     for (id, request) in (0..).zip(&rows()) {
-        together.join(id, request).unwrap();
-        // Rows are at different steps when the next one comes.
-        step(&mut together, &mut finished);
-    }
-    while !together.is_empty() {
-        step(&mut together, &mut finished);
-    }
-    for (id, request) in (0..).zip(&rows()) {
-        let (mut alone, mut own) = (RunningBatch::new(Arc::clone(model), 64, 48), BTreeMap::new());
-        alone.join(id, request).unwrap();
-        while !alone.is_empty() {
-            step(&mut alone, &mut own);
-        }
-        assert!(finished[&id] == own[&id], "{what}: row {id} differs from the row alone");
+        assert!(finished[&id].1 == alone(model, id, request), "{what}: row {id} differs from the row alone");
     }
 }
 

@@ -8,6 +8,7 @@ use engine::{InitContent, InitImage, Latent, MaskedContent, RowRequest, RunningB
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
+use crate::company::in_company;
 use crate::golden::Golden;
 use crate::support::{checkpoint, fixtures, init, largest_difference, mask, request};
 
@@ -147,22 +148,7 @@ fn rows(latents: &BTreeMap<String, Arc<Latent>>) -> Vec<RowRequest> {
 fn rows_that_hand_over_share_passes_with_others_and_are_the_rows_alone() {
     for name in ["sdxl", "sdxl_refiner"] {
         let (checkpoint, requests) = (checkpoint(name), rows(&latents()));
-        let mut batch = RunningBatch::new(Arc::clone(&checkpoint), 64, 64);
-        let mut finished = BTreeMap::new();
-        let mut step = |batch: &mut RunningBatch| {
-            for step in batch.step(&batch.rows()).unwrap() {
-                finished.extend(step.latent.map(|latent| (step.id, (step.total, latent))));
-            }
-        };
-        for (id, request) in (0..).zip(&requests) {
-            batch.join(id, request).unwrap();
-            if id % 2 == 1 {
-                step(&mut batch);
-            }
-        }
-        while !batch.is_empty() {
-            step(&mut batch);
-        }
+        let finished = in_company(&checkpoint, &requests, |id| id % 2 == 1);
         for (id, request) in (0..).zip(&requests) {
             let mut calls = 0;
             let alone = denoise(&checkpoint, request, |_, total| calls = total).unwrap();

@@ -1,12 +1,12 @@
 //! Pictures that start from pictures: against diffusers, in mixed batches, and refused where they cannot be.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine::{Checkpoint, Device, DeviceChoice, InitContent, InitImage, Mask, MaskedContent, Precision};
 use engine::{RowRequest, RunningBatch, gray, render};
 use image::RgbImage;
 
+use crate::company::{decode, in_company};
 use crate::golden;
 use crate::support::{checkpoint, fixtures, folder, init, largest_difference, mask, request};
 
@@ -40,24 +40,7 @@ fn rows() -> Vec<RowRequest> {
 
 fn rows_in_company_are_the_rows_alone(name: &str) {
     let (checkpoint, requests) = (checkpoint(name), rows());
-    let mut batch = RunningBatch::new(Arc::clone(&checkpoint), 64, 64);
-    let mut finished = BTreeMap::new();
-    let mut step = |batch: &mut RunningBatch| {
-        for step in batch.step(&batch.rows()).unwrap() {
-            finished.extend(step.latent.map(|latent| (step.id, latent)));
-        }
-    };
-    for (id, request) in (0..).zip(&requests) {
-        batch.join(id, request).unwrap();
-        if id % 2 == 1 {
-            step(&mut batch);
-        }
-    }
-    while !batch.is_empty() {
-        step(&mut batch);
-    }
-    let latents: Vec<_> = finished.into_values().collect();
-    let pictures = checkpoint.decode(&latents).unwrap();
+    let pictures = decode(&checkpoint, in_company(&checkpoint, &requests, |id| id % 2 == 1));
     assert_eq!(pictures.len(), requests.len());
     for ((id, request), picture) in (0..).zip(&requests).zip(&pictures) {
         let mut steps = 0;

@@ -1,5 +1,6 @@
 //! The engine's public face: folders of weights in, pictures out.
 
+mod company;
 mod golden;
 mod recipe;
 mod support;

@@ -1,12 +1,10 @@
 //! A row of a mixed batch equals the job rendered alone, bit for bit.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{
-    Checkpoint, Latent, MicroConditioning, RowId, RowRequest, RunningBatch, SamplerKind, ScheduleKind, render,
-};
+use engine::{MicroConditioning, RowId, RowRequest, RunningBatch, SamplerKind, ScheduleKind, render};
 
+use crate::company::{Finished, alone, decode, drain, step, step_all};
 use crate::support::{checkpoint, request};
 
 /// Rows that differ in everything that may differ within a batch.
@@ -36,60 +34,25 @@ fn rows(width: usize, height: usize) -> Vec<RowRequest> {
     ]
 }
 
-/// The row's final latent, computed with nobody beside it.
-fn alone(checkpoint: &Arc<Checkpoint>, id: RowId, request: &RowRequest) -> Latent {
-    let mut batch = RunningBatch::new(Arc::clone(checkpoint), request.width, request.height);
-    batch.join(id, request).unwrap();
-    loop {
-        if let Some(latent) = batch.step(&[id]).unwrap().remove(0).latent {
-            assert!(batch.is_empty());
-            return latent;
-        }
-    }
-}
-
-/// Steps the whole batch until it is empty.
-fn drain(batch: &mut RunningBatch, finished: &mut BTreeMap<RowId, Latent>) {
-    while !batch.is_empty() {
-        step_all(batch, finished);
-    }
-}
-
-fn step_all(batch: &mut RunningBatch, finished: &mut BTreeMap<RowId, Latent>) {
-    let ids = batch.rows();
-    let steps = batch.step(&ids).unwrap();
-    assert_eq!(steps.iter().map(|step| step.id).collect::<Vec<_>>(), ids);
-    for step in steps {
-        assert_eq!(step.latent.is_some(), step.step == step.total);
-        if let Some(latent) = step.latent {
-            finished.insert(step.id, latent);
-        }
-    }
-}
-
 fn rows_that_join_late_equal_rows_alone(name: &str, width: usize, height: usize) {
     let checkpoint = checkpoint(name);
     let requests = rows(width, height);
     let mut batch = RunningBatch::new(Arc::clone(&checkpoint), width, height);
-    let mut finished = BTreeMap::new();
+    let mut finished = Finished::new();
     for (id, request) in (0..).zip(&requests) {
         batch.join(id, request).unwrap();
         step_all(&mut batch, &mut finished);
         // Every other row sits out a step that its mates take.
         let waiting: Vec<RowId> = batch.rows().into_iter().filter(|row| row % 2 == id % 2).collect();
-        for step in batch.step(&waiting).unwrap() {
-            finished.extend(step.latent.map(|latent| (step.id, latent)));
-        }
+        step(&mut batch, &waiting, &mut finished);
     }
     drain(&mut batch, &mut finished);
     assert_eq!(finished.len(), requests.len());
     for (id, request) in (0..).zip(&requests) {
-        assert!(finished[&id] == alone(&checkpoint, id, request), "{name}: row {id} differs from the job alone");
+        assert!(finished[&id].1 == alone(&checkpoint, id, request), "{name}: row {id} differs from the job alone");
     }
 
-    let latents: Vec<Latent> = finished.into_values().collect();
-    let pictures = checkpoint.decode(&latents).unwrap();
-    for ((id, request), picture) in (0..).zip(&requests).zip(pictures) {
+    for ((id, request), picture) in (0..).zip(&requests).zip(decode(&checkpoint, finished)) {
         let (own, mut steps) = (&picture, Vec::new());
         let rendered = render(&checkpoint, request, |step, total| steps.push((step, total))).unwrap();
         assert!(own == &rendered, "{name}: the picture of row {id} differs from the job alone");
@@ -122,14 +85,14 @@ fn a_row_that_leaves_changes_nothing_for_the_others() {
     for (id, request) in (0..).zip(&requests[..4]) {
         batch.join(id, request).unwrap();
     }
-    let mut finished = BTreeMap::new();
+    let mut finished = Finished::new();
     step_all(&mut batch, &mut finished);
     assert!(batch.leave(2));
     assert!(!batch.leave(2));
     assert_eq!(batch.rows(), [0, 1, 3]);
     drain(&mut batch, &mut finished);
     assert_eq!(finished.keys().copied().collect::<Vec<_>>(), [0, 1, 3]);
-    for (id, latent) in finished {
+    for (id, (_, latent)) in finished {
         assert!(latent == alone(&checkpoint, id, &requests[id as usize]), "row {id}");
     }
 }
@@ -156,9 +119,9 @@ fn a_step_that_fails_advances_no_row() {
     assert_eq!(batch.step(&[1]).unwrap()[0].step, 2);
     assert!(matches!(batch.step(&[2]).unwrap_err(), engine::Error::NotFinite { row: 2 }));
     assert!(batch.leave(2));
-    let mut finished = BTreeMap::new();
+    let mut finished = Finished::new();
     drain(&mut batch, &mut finished);
-    assert!(finished[&1] == alone(&checkpoint, 1, &request("a star")));
+    assert!(finished[&1].1 == alone(&checkpoint, 1, &request("a star")));
 }
 
 #[test]
@@ -167,9 +130,9 @@ fn a_batch_moves_between_threads() {
     let mut batch = RunningBatch::new(Arc::clone(&checkpoint), 64, 64);
     batch.join(7, &request("a star")).unwrap();
     let latent = std::thread::spawn(move || {
-        let mut finished = BTreeMap::new();
+        let mut finished = Finished::new();
         drain(&mut batch, &mut finished);
-        finished.remove(&7).unwrap()
+        finished.remove(&7).unwrap().1
     });
     assert!(latent.join().unwrap() == alone(&checkpoint, 7, &request("a star")));
 }

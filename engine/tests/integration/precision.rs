@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, RunningBatch, render};
+use engine::{Checkpoint, Device, DeviceChoice, Precision, RowRequest, render};
 
+use crate::company::in_company;
 use crate::support::{checkpoint, folder, psnr, request};
 
 fn loaded(precision: Precision) -> Arc<Checkpoint> {
@@ -33,18 +34,9 @@ fn a_row_of_a_mixed_batch_equals_the_row_alone_in_half_precision() {
     let model = loaded(Precision::Bf16);
     let sized = |prompt, seed, steps| RowRequest { width: 72, height: 64, seed, steps, ..request(prompt) };
     let requests = [sized("a red circle", 1, 3), sized("a blue star", 2, 2), sized("", 3, 3)];
-    let mut batch = RunningBatch::new(Arc::clone(&model), 72, 64);
-    for (id, request) in requests.iter().enumerate() {
-        batch.join(id as u64, request).unwrap();
+    let finished = in_company(&model, &requests, |_| false);
+    for (request, (_, latent)) in requests.iter().zip(finished.into_values()) {
+        let picture = model.decode(&[latent]).unwrap().remove(0);
+        assert_eq!(picture, render(&model, request, |_, _| {}).unwrap(), "{:?}", request.prompt);
     }
-    let mut finished = 0;
-    while !batch.is_empty() {
-        for step in batch.step(&batch.rows()).unwrap() {
-            let Some(latent) = step.latent else { continue };
-            let (request, picture) = (&requests[step.id as usize], model.decode(&[latent]).unwrap().remove(0));
-            assert_eq!(picture, render(&model, request, |_, _| {}).unwrap(), "{:?}", request.prompt);
-            finished += 1;
-        }
-    }
-    assert_eq!(finished, requests.len());
 }

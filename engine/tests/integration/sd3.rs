@@ -1,11 +1,11 @@
 //! Stable Diffusion 3: mixed batches, and what it refuses.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine::{Checkpoint, Error, Latent, Precision, RowId, RowRequest, RunningBatch, SkipLayerGuidance};
+use engine::{Checkpoint, Error, Precision, RowRequest, RunningBatch, SkipLayerGuidance};
 use serde_json::{Value, json};
 
+use crate::company::{alone, in_company};
 use crate::support::{checkpoint, copy_of, cpu, request};
 
 const CHECKPOINTS: [&str; 3] = ["sd3", "sd35_medium", "sd3_without_t5"];
@@ -28,14 +28,6 @@ fn rows() -> Vec<RowRequest> {
     ]
 }
 
-fn drain(batch: &mut RunningBatch, finished: &mut BTreeMap<RowId, Latent>) {
-    while !batch.is_empty() {
-        for step in batch.step(&batch.rows()).unwrap() {
-            finished.extend(step.latent.map(|latent| (step.id, latent)));
-        }
-    }
-}
-
 #[test]
 fn a_row_of_a_mixed_batch_equals_the_row_alone_bit_for_bit() {
     for name in CHECKPOINTS {
@@ -44,21 +36,10 @@ fn a_row_of_a_mixed_batch_equals_the_row_alone_bit_for_bit() {
                 Precision::F32 => checkpoint(name),
                 other => Arc::new(Checkpoint::load(&crate::support::folder(name), &cpu(), other).unwrap()),
             };
-            let (mut together, mut finished) = (RunningBatch::new(Arc::clone(&model), 64, 48), BTreeMap::new());
+            let finished = in_company(&model, &rows(), |_| true);
             for (id, request) in (0..).zip(&rows()) {
-                together.join(id, request).unwrap();
-                // Rows are at different steps when the next one comes.
-                for step in together.step(&together.rows()).unwrap() {
-                    finished.extend(step.latent.map(|latent| (step.id, latent)));
-                }
-            }
-            drain(&mut together, &mut finished);
-            assert_eq!(finished.len(), rows().len());
-            for (id, request) in (0..).zip(&rows()) {
-                let (mut alone, mut latents) = (RunningBatch::new(Arc::clone(&model), 64, 48), BTreeMap::new());
-                alone.join(id, request).unwrap();
-                drain(&mut alone, &mut latents);
-                assert!(latents[&id] == finished[&id], "{name} {precision}: row {id} differs from the row alone");
+                let same = finished[&id].1 == alone(&model, id, request);
+                assert!(same, "{name} {precision}: row {id} differs from the row alone");
             }
         }
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use bytes::Bytes;
 use reqwest::{Body, Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -25,6 +25,14 @@ fn streamed(text: String, piece: usize) -> Body {
         .map(|at| Ok::<_, std::io::Error>(bytes.slice(at..bytes.len().min(at + piece))))
         .collect();
     Body::wrap_stream(futures_util::stream::iter(pieces))
+}
+
+/// What the jobs of `lines` are once they have been posted to `path`, in order.
+async fn specs(farm: &Farm, path: &str, lines: &'static str) -> Vec<Value> {
+    let answer = farm.post_lines(path, lines).await.with_status(StatusCode::ACCEPTED).json;
+    let submission = answer["submission_id"].as_str().unwrap();
+    let page = farm.get(&format!("/v1/jobs?submission_id={submission}")).await.json;
+    page["jobs"].as_array().unwrap().iter().map(|job| job["spec"].clone()).collect()
 }
 
 #[tokio::test]
@@ -104,10 +112,7 @@ async fn blank_lines_are_skipped_and_nothing_but_blanks_is_refused() {
 async fn the_query_says_what_the_lines_leave_open() {
     let farm = Farm::start().await;
     let path = "/v1/submissions?steps=9&model=large&lane=interactive&guidance_scale=2.5&max_attempts=2&failure_limit=1";
-    let answer = farm.post_lines(path, "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"steps\":3}").await;
-    let submission = answer.with_status(StatusCode::ACCEPTED).json["submission_id"].as_str().unwrap().to_owned();
-    let page = farm.get(&format!("/v1/jobs?submission_id={submission}")).await.json;
-    let specs: Vec<_> = page["jobs"].as_array().unwrap().iter().map(|job| &job["spec"]).collect();
+    let specs = specs(&farm, path, "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"steps\":3}").await;
     assert_eq!([&specs[0]["steps"], &specs[1]["steps"]], [&json!(9), &json!(3)]);
     assert!(specs.iter().all(|spec| spec["model"] == "large" && spec["lane"] == "interactive"));
     for (query, field) in
@@ -123,13 +128,11 @@ async fn the_query_says_what_the_lines_leave_open() {
 async fn the_query_says_what_the_lines_start_from() {
     let farm = Farm::start().await;
     let path = "/v1/submissions?init_image=uploads/a.png&mask_image=uploads/m.png&strength=0.5&mask_blur=4&masked_content=noise";
-    let answer = farm.post_lines(path, "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"strength\":0.75}").await;
-    let submission = answer.with_status(StatusCode::ACCEPTED).json["submission_id"].as_str().unwrap().to_owned();
-    let page = farm.get(&format!("/v1/jobs?submission_id={submission}")).await.json;
+    let specs = specs(&farm, path, "{\"prompt\":\"a\"}\n{\"prompt\":\"b\",\"strength\":0.75}").await;
     let mask = json!({"key": "uploads/m.png", "blur": 4.0, "content": "noise"});
-    for (job, strength) in page["jobs"].as_array().unwrap().iter().zip([0.5, 0.75]) {
+    for (spec, strength) in specs.iter().zip([0.5, 0.75]) {
         let expected = json!({"key": "uploads/a.png", "strength": strength, "mask": mask});
-        assert_eq!(job["spec"]["init_image"], expected);
+        assert_eq!(spec["init_image"], expected);
     }
     for (query, field) in [
         ("init_image=uploads/a.png&strength=x", "strength"),

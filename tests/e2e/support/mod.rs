@@ -3,6 +3,7 @@
 mod audit;
 mod client;
 mod farm;
+pub mod golden;
 mod process;
 mod services;
 

@@ -23,11 +23,25 @@ impl Plain {
         }
     }
 
+    /// The vector of the first numbers in `bytes`, with zeros behind the last one.
+    #[inline(always)]
+    pub(super) fn load_first<S: Simd>(self, simd: S, bytes: &[u8]) -> S::F32 {
+        let mut last = [0u8; 16 * 4];
+        let from = if bytes.len() >= S::LANES * self.bytes() {
+            bytes.as_ptr()
+        } else {
+            last[..bytes.len()].copy_from_slice(bytes);
+            last.as_ptr()
+        };
+        // SAFETY: there are a vector's numbers, or `last` has room for the widest one's.
+        unsafe { self.load(simd, from) }
+    }
+
     /// A vector of numbers.
     /// # Safety
     /// `from` must be readable for [`Simd::LANES`] numbers; no alignment is asked for.
     #[inline(always)]
-    pub(super) unsafe fn load<S: Simd>(self, simd: S, from: *const u8) -> S::F32 {
+    unsafe fn load<S: Simd>(self, simd: S, from: *const u8) -> S::F32 {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
@@ -62,10 +76,9 @@ impl<E: Element> Kernel for Convert<'_, E> {
         }
         let rest = to.len() - whole;
         if rest > 0 {
-            let mut last = [0u8; 16 * 4];
-            last[..rest * each].copy_from_slice(&from[whole * each..]);
-            // SAFETY: `last` holds the widest vector, and `to` has `rest` more numbers.
-            unsafe { E::store_some(simd, to.as_mut_ptr().add(whole), format.load(simd, last.as_ptr()), rest) }
+            let last = format.load_first(simd, &from[whole * each..]);
+            // SAFETY: `to` has `rest` more numbers.
+            unsafe { E::store_some(simd, to.as_mut_ptr().add(whole), last, rest) }
         }
     }
 }

@@ -121,14 +121,5 @@ impl<E: Element> Kernel for Block<'_, E> {
 #[inline(always)]
 fn load<S: Simd>(simd: S, lane: Option<(&[u8], Plain)>, start: usize, values: usize) -> S::F32 {
     let Some((bytes, format)) = lane else { return simd.splat(0.0) };
-    let bytes = &bytes[start * format.bytes()..values * format.bytes()];
-    let mut last = [0u8; 16 * 4];
-    let from = if values - start >= S::LANES {
-        bytes.as_ptr()
-    } else {
-        last[..bytes.len()].copy_from_slice(bytes);
-        last.as_ptr()
-    };
-    // SAFETY: there are a vector's values, or `last` has room for the widest one's.
-    unsafe { format.load(simd, from) }
+    format.load_first(simd, &bytes[start * format.bytes()..values * format.bytes()])
 }
