@@ -130,10 +130,9 @@ impl Conv2d {
                         "a convolution, its input and what is added are of different formats".to_owned(),
                     ));
                 }
-                let map = Map { height, width, channels: inputs };
-                let output = match (format, self.filters(format, map)) {
-                    (Format::F32, true) => call.filter::<f32, 6>(weight),
-                    (Format::Bf16, true) => call.filter::<bf16, 4>(weight),
+                let output = match (format, self.filters(format, (height, width))) {
+                    (Format::F32, true) => call.filter::<f32, 6, false>(weight),
+                    (Format::Bf16, true) => call.filter::<bf16, 4, false>(weight),
                     (Format::F32, false) => call.run::<f32>(weight, windows),
                     (Format::Bf16, false) => call.run::<bf16>(weight, windows),
                 }?;
@@ -143,18 +142,41 @@ impl Conv2d {
         }
     }
 
-    /// Whether minimal filtering computes it, and is worth it. A row's own tiles decide: what is computed in
-    /// company must be what is computed alone.
-    fn filters(&self, format: Format, map: Map) -> bool {
-        /// Below so many weights of a tap there is more to transform than to multiply.
-        const FEW: usize = 1 << 12;
-        let worth = match format {
-            Format::F32 => winograd::tiles::<6>(map).count() >= 4,
-            // By matrix tiles, multiplications are all but free.
-            Format::Bf16 => winograd::tiles::<4>(map).count() >= 16 && Isa::best() != Isa::Amx,
-        };
-        worth && self.kernel == (3, 3) && self.shape == ConvShape::same(3) && self.inputs * self.outputs >= FEW
+    /// The convolution of `x` with each pixel repeated, two by two, if minimal filtering computes it: (rows, height,
+    /// width, in) → (rows, 2 · height, 2 · width, out).
+    pub(super) fn forward_doubled(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let (rows, height, width, inputs) = x.dims4()?;
+        let (Weight::Host { weight, bias }, Values::Host(host)) = (&self.weight, &x.values) else { return Ok(None) };
+        let format = host.buffer.format();
+        if inputs != self.inputs || format != weight.format() || !self.filters(format, (2 * height, 2 * width)) {
+            return Ok(None);
+        }
+        let call = HostCall { x, bias: bias.as_deref(), added: Added::Nothing, outputs: self.outputs };
+        let output = match format {
+            Format::F32 => call.filter::<f32, 6, true>(weight),
+            Format::Bf16 => call.filter::<bf16, 4, true>(weight),
+        }?;
+        Ok(Some(Tensor::on_host(output, &[rows, 2 * height, 2 * width, self.outputs])))
     }
+
+    /// Whether minimal filtering computes outputs of this height and width, and is worth it. A row's own tiles
+    /// decide: what is computed in company must be what is computed alone.
+    fn filters(&self, format: Format, size: (usize, usize)) -> bool {
+        let enough = match format {
+            Format::F32 => winograd::tiles::<6>(size).count() >= 4,
+            Format::Bf16 => winograd::tiles::<4>(size).count() >= 16,
+        };
+        let fits = self.kernel == (3, 3) && self.shape == ConvShape::same(3);
+        enough && fits && may_filter(format, self.inputs, self.outputs)
+    }
+}
+
+/// Whether minimal filtering of large maps is worth it.
+pub(super) fn may_filter(format: Format, inputs: usize, outputs: usize) -> bool {
+    /// Below so many weights of a tap there is more to transform than to multiply.
+    const FEW: usize = 1 << 12;
+    // By matrix tiles, multiplications are all but free.
+    inputs * outputs >= FEW && (format == Format::F32 || Isa::best() != Isa::Amx)
 }
 
 impl Added<'_> {
@@ -195,12 +217,13 @@ impl HostCall<'_> {
         Ok(output)
     }
 
-    /// The whole output by minimal filtering with patches of `N` a side.
-    fn filter<E: Element, const N: usize>(&self, weight: &Panels) -> Result<Buffer> {
+    /// The whole output by minimal filtering with patches of `N` a side, of the doubled map with `D`.
+    fn filter<E: Element, const N: usize, const D: bool>(&self, weight: &Panels) -> Result<Buffer> {
         let (rows, height, width, _) = self.x.dims4()?;
-        let mut output = Buffer::new(E::FORMAT, rows * height * width * self.outputs)?;
+        let pixels = if D { 4 * height * width } else { height * width };
+        let mut output = Buffer::new(E::FORMAT, rows * pixels * self.outputs)?;
         self.finish::<E>(|host, map, finish| {
-            winograd::Call { host, rows, map, weight, finish }.run::<N>(&Shared::new(output.values_mut()))
+            winograd::Call { host, rows, map, weight, finish }.run::<N, D>(&Shared::new(output.values_mut()))
         })?;
         Ok(output)
     }

@@ -144,8 +144,8 @@ impl<'a> Source<'a> {
         match self {
             Self::Stored(bands) => bands.lines(range),
             Self::Enlarged(conv, bands) => {
-                // Doubling does not filter minimally: one line of the small map around is enough.
-                let small = (range.start / 2).saturating_sub(1)..bands.height.min(range.end.div_ceil(2) + 1);
+                let around = AROUND / 2;
+                let small = (range.start / 2).saturating_sub(around)..bands.height.min(range.end.div_ceil(2) + around);
                 let from = bands.lines(small.clone())?;
                 let (_, height, width, _) = from.dims4()?;
                 let large = conv.forward(&from, 2 * height, 2 * width)?;
@@ -162,7 +162,7 @@ impl<'a> Source<'a> {
     fn release_above(&mut self, line: usize) {
         match self {
             Self::Stored(bands) => bands.release_above(line),
-            Self::Enlarged(_, bands) => bands.release_above((line / 2).saturating_sub(1)),
+            Self::Enlarged(_, bands) => bands.release_above((line / 2).saturating_sub(AROUND / 2)),
             Self::Convolved(_, bands) => bands.release_above(line.saturating_sub(AROUND)),
         }
     }

@@ -4,6 +4,10 @@
 //!
 //! Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015
 //! (<https://arxiv.org/abs/1509.09308>), sections 4.1 and 4.3.
+//!
+//! Of a doubled map (`D`), whose pixels are repeated two by two, a patch begins between two that are alike: a b b c
+//! or a b b c c d. One line of its transform is then the difference of two that are alike, which is nothing, and
+//! 9 products do in place of 16, or 25 in place of 36. The map itself need not be doubled.
 
 use std::ops::Range;
 
@@ -82,6 +86,34 @@ fn output_line<S: Simd, const N: usize>(simd: S, m: [S::F32; N]) -> [S::F32; 4] 
     line
 }
 
+/// The line of a doubled map's transformed patches, and the column, that is always zero.
+const ALIKE: usize = 2;
+
+/// Places of a transformed patch that are multiplied.
+pub(super) const fn places<const N: usize, const D: bool>() -> usize {
+    if D { (N - 1) * (N - 1) } else { N * N }
+}
+
+/// The number of line `y` and column `x` among the [`places`]; `None` where there is nothing to multiply.
+#[inline(always)]
+const fn place<const N: usize, const D: bool>(y: usize, x: usize) -> Option<usize> {
+    match D {
+        false => Some(y * N + x),
+        true if y == ALIKE || x == ALIKE => None,
+        true => Some((y - (y > ALIKE) as usize) * (N - 1) + x - (x > ALIKE) as usize),
+    }
+}
+
+/// Lines of the map from one tile to the next.
+pub(in crate::ops) const fn step<const N: usize, const D: bool>() -> usize {
+    if D { (N - 2) / 2 } else { N - 2 }
+}
+
+/// The line of the map that line `y` of a patch shows, counted from the one above the tile's own.
+const fn seen<const D: bool>(y: usize) -> usize {
+    if D { y.div_ceil(2) } else { y }
+}
+
 /// The tiles of a block: so many down and across.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::ops) struct Tiles {
@@ -106,11 +138,11 @@ pub(super) fn chunks<E: Element>(inner: usize) -> impl Iterator<Item = Range<usi
     (0..inner).step_by(chunk::<E>()).map(move |first| first..inner.min(first + chunk::<E>()))
 }
 
-/// Transforms the patches of `tiles` from an area of (down · (N - 2) + 2) lines of (across · (N - 2) + 2)
-/// pixels. They become the tiles from `first` on of `all` in `to`: (N · N, chunks, tiles, channels of the
+/// Transforms the patches of `tiles` from an area of (down · [`step`] + 2) lines of (across · [`step`] + 2)
+/// pixels. They become the tiles from `first` on of `all` in `to`: ([`places`], chunks, tiles, channels of the
 /// chunk).
 #[inline(always)]
-pub(in crate::ops) fn transform_patches<S: Simd, E: Element, const N: usize>(
+pub(in crate::ops) fn transform_patches<S: Simd, E: Element, const N: usize, const D: bool>(
     simd: S,
     area: &[E],
     channels: usize,
@@ -118,10 +150,10 @@ pub(in crate::ops) fn transform_patches<S: Simd, E: Element, const N: usize>(
     (first, all): (usize, usize),
     to: &mut [E],
 ) {
-    let step = N - 2;
+    let step = step::<N, D>();
     let width = tiles.across * step + 2;
     assert_eq!(area.len(), (tiles.down * step + 2) * width * channels, "size of an area");
-    assert_eq!(to.len(), N * N * all * channels, "size of transformed patches");
+    assert_eq!(to.len(), places::<N, D>() * all * channels, "size of transformed patches");
     assert!(first + tiles.count() <= all, "tiles of a block");
     for tile in 0..tiles.count() {
         let corner = (tile / tiles.across * step * width + tile % tiles.across * step) * channels;
@@ -131,19 +163,20 @@ pub(in crate::ops) fn transform_patches<S: Simd, E: Element, const N: usize>(
                 let mut lines = [[simd.splat(0.0); N]; N];
                 for (y, line) in lines.iter_mut().enumerate() {
                     let values: [S::F32; N] = std::array::from_fn(|x| {
-                        let from = corner + (y * width + x) * channels + channel;
+                        let from = corner + (seen::<D>(y) * width + seen::<D>(x)) * channels + channel;
                         // SAFETY: the last patch's last pixel is the area's last one.
                         unsafe { some(simd, area.as_ptr().add(from), count) }
                     });
                     *line = patch_line(simd, values);
                 }
-                let place = chunk.start * all + (first + tile) * chunk.len() + channel - chunk.start;
+                let within = chunk.start * all + (first + tile) * chunk.len() + channel - chunk.start;
                 for x in 0..N {
                     let column = patch_line(simd, column(&lines, x));
                     for (y, value) in column.into_iter().enumerate() {
-                        // SAFETY: within (N · N, chunks, tiles, channels of the chunk).
+                        let Some(place) = place::<N, D>(y, x) else { continue };
+                        // SAFETY: within (places, chunks, tiles, channels of the chunk).
                         unsafe {
-                            let to = to.as_mut_ptr().add((y * N + x) * all * channels + place);
+                            let to = to.as_mut_ptr().add(place * all * channels + within);
                             if count == S::LANES {
                                 E::store(simd, to, value)
                             } else {
@@ -164,9 +197,9 @@ pub(super) const fn weights_stride(panels: usize, steps: usize) -> usize {
 }
 
 /// Transforms the weights of the panels `group` at the inner positions `chunk` of a packed 3×3 weight,
-/// (9 · inner, outputs): (N · N, panels, positions, [`PANEL`]), packed as the weight is.
+/// (9 · inner, outputs): ([`places`], panels, positions, [`PANEL`]), packed as the weight is.
 #[inline(always)]
-pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
+pub(super) fn transform_weights<S: Simd, E: Element, const N: usize, const D: bool>(
     simd: S,
     weight: &Panels,
     group: &Range<usize>,
@@ -179,7 +212,7 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
     assert!(chunk.start.is_multiple_of(E::DEPTH) && steps.is_multiple_of(E::DEPTH), "whole factors of a weight");
     assert!(group.end * 9 * inner * PANEL <= values.len(), "panels of a weight");
     let stride = weights_stride(panels, steps);
-    assert!(to.len() >= N * N * stride, "room for transformed weights");
+    assert!(to.len() >= places::<N, D>() * stride, "room for transformed weights");
     for (index, panel) in group.clone().enumerate() {
         for position in chunk.clone().step_by(E::DEPTH) {
             for lane in (0..PANEL).step_by(S::LANES) {
@@ -202,9 +235,10 @@ pub(super) fn transform_weights<S: Simd, E: Element, const N: usize>(
                     }
                     let [first, second] = lines;
                     for (x, (first, second)) in first.into_iter().zip(second).enumerate() {
-                        // SAFETY: within (N · N, panels, positions, PANEL).
+                        let Some(place) = place::<N, D>(y, x) else { continue };
+                        // SAFETY: within (places, panels, positions, PANEL).
                         unsafe {
-                            let to = to.as_mut_ptr().add((y * N + x) * stride + at);
+                            let to = to.as_mut_ptr().add(place * stride + at);
                             E::store_positions(simd, to, [first, second]);
                         }
                     }
@@ -234,7 +268,7 @@ pub(in crate::ops) struct Segment {
 
 /// Where outputs go, and what is done to them before.
 pub(in crate::ops) struct Outputs<'a, E> {
-    /// Of a row's map.
+    /// Of a row's outputs.
     pub height: usize,
     pub width: usize,
     pub finish: &'a Finish<'a, E>,
@@ -242,10 +276,10 @@ pub(in crate::ops) struct Outputs<'a, E> {
     pub values: &'a Shared<'a, E>,
 }
 
-/// Transforms the sums (N · N, `all` tiles, panels · PANEL) of a group of panels into a segment's outputs,
+/// Transforms the sums ([`places`], `all` tiles, panels · PANEL) of a group of panels into a segment's outputs,
 /// finishes and stores them.
 #[inline(always)]
-pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize>(
+pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize, const D: bool>(
     simd: S,
     sums: &[f32],
     all: usize,
@@ -259,7 +293,7 @@ pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize>(
     let channels = finish.outputs;
     let columns = group.len() * PANEL;
     assert!((row + 1) * height * width * channels <= output.len(), "the output is too short");
-    assert!(sums.len() >= N * N * all * columns && first + tiles.count() <= all, "room for the sums");
+    assert!(sums.len() >= places::<N, D>() * all * columns && first + tiles.count() <= all, "room for the sums");
     finish.check(row, output.len());
     for tile in 0..tiles.count() {
         let (y, x) = (top + tile / tiles.across * step, left + tile % tiles.across * step);
@@ -270,10 +304,11 @@ pub(super) fn transform_outputs<S: Simd, E: Element, const N: usize>(
             }
             let lanes = S::LANES.min(channels - channel);
             let mut lines = [[simd.splat(0.0); 4]; N];
-            for (place, line) in lines.iter_mut().enumerate() {
-                let values: [S::F32; N] = std::array::from_fn(|at| {
-                    let from = ((place * N + at) * all + first + tile) * columns + vector * S::LANES;
-                    // SAFETY: within (N · N, tiles, panels · PANEL).
+            for (at, line) in lines.iter_mut().enumerate() {
+                let values: [S::F32; N] = std::array::from_fn(|x| {
+                    let Some(place) = place::<N, D>(at, x) else { return simd.splat(0.0) };
+                    let from = (place * all + first + tile) * columns + vector * S::LANES;
+                    // SAFETY: within (places, tiles, panels · PANEL).
                     unsafe { simd.load(sums.as_ptr().add(from)) }
                 });
                 *line = output_line(simd, values);

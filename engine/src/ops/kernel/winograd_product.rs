@@ -10,14 +10,15 @@ use super::product::groups;
 use super::simd::Simd;
 use super::tile::{Piece, Strip};
 use super::winograd::{
-    Outputs, Segment, Tiles, chunk, chunks, transform_outputs, transform_patches, transform_weights, weights_stride,
+    Outputs, Segment, Tiles, chunk, chunks, places, transform_outputs, transform_patches, transform_weights,
+    weights_stride,
 };
 
 /// Panels of outputs whose transformed weights and sums are kept until they are transformed.
 const GROUP: usize = 3;
 
 /// Transforms a segment's patches.
-pub(in crate::ops) struct Patches<'a, E, const N: usize> {
+pub(in crate::ops) struct Patches<'a, E, const N: usize, const D: bool> {
     pub area: &'a [E],
     pub channels: usize,
     pub tiles: Tiles,
@@ -26,22 +27,22 @@ pub(in crate::ops) struct Patches<'a, E, const N: usize> {
     pub to: &'a mut [E],
 }
 
-impl<E: Element, const N: usize> Kernel for Patches<'_, E, N> {
+impl<E: Element, const N: usize, const D: bool> Kernel for Patches<'_, E, N, D> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        transform_patches::<S, E, N>(simd, self.area, self.channels, self.tiles, self.place, self.to);
+        transform_patches::<S, E, N, D>(simd, self.area, self.channels, self.tiles, self.place, self.to);
     }
 }
 
 /// A block of tiles times panels, on one thread.
-pub(in crate::ops) struct Block<'a, E, const N: usize> {
+pub(in crate::ops) struct Block<'a, E, const N: usize, const D: bool> {
     /// Transformed, of all tiles.
     pub patches: &'a [E],
     pub tiles: usize,
     pub segments: &'a [Segment],
-    /// The convolution's weight, (9 · inputs, outputs). Its transform would be 16/9 or 4 times as large; made
+    /// The convolution's weight, (9 · inputs, outputs). Its transform would be up to 4 times as large; made
     /// on the way, it costs some hundredths more time, and the weight is in memory as it came.
     pub weight: &'a Panels,
     pub panels: Range<usize>,
@@ -53,16 +54,21 @@ pub(in crate::ops) struct Block<'a, E, const N: usize> {
 }
 
 /// Values that a block's sums take.
-pub(in crate::ops) const fn sums_len<const N: usize>(tiles: usize) -> usize {
-    N * N * tiles * GROUP * PANEL
+pub(in crate::ops) const fn sums_len<const N: usize, const D: bool>(tiles: usize) -> usize {
+    places::<N, D>() * tiles * GROUP * PANEL
+}
+
+/// Values that a block's transformed patches take.
+pub(in crate::ops) const fn patches_len<const N: usize, const D: bool>(tiles: usize, inner: usize) -> usize {
+    places::<N, D>() * tiles * inner
 }
 
 /// Values that a block's transformed weights take.
-pub(in crate::ops) const fn weights_len<E: Element, const N: usize>() -> usize {
-    N * N * weights_stride(GROUP, chunk::<E>())
+pub(in crate::ops) const fn weights_len<E: Element, const N: usize, const D: bool>() -> usize {
+    places::<N, D>() * weights_stride(GROUP, chunk::<E>())
 }
 
-impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
+impl<E: Element, const N: usize, const D: bool> Kernel for Block<'_, E, N, D> {
     type Output = ();
 
     #[inline(always)]
@@ -73,24 +79,24 @@ impl<E: Element, const N: usize> Kernel for Block<'_, E, N> {
                 self.multiply(simd, &group, &chunk);
             }
             for segment in self.segments {
-                transform_outputs::<S, E, N>(simd, self.sums, self.tiles, *segment, &group, &self.outputs);
+                transform_outputs::<S, E, N, D>(simd, self.sums, self.tiles, *segment, &group, &self.outputs);
             }
         }
     }
 }
 
-impl<E: Element, const N: usize> Block<'_, E, N> {
-    /// Adds the products of the inner positions `chunk` to the sums of `group`: (N · N, tiles, panels ·
+impl<E: Element, const N: usize, const D: bool> Block<'_, E, N, D> {
+    /// Adds the products of the inner positions `chunk` to the sums of `group`: (places, tiles, panels ·
     /// PANEL). The first chunk starts them.
     #[inline(always)]
     fn multiply<S: Simd>(&mut self, simd: S, group: &Range<usize>, chunk: &Range<usize>) {
         let (tiles, inner, per_panel) = (self.tiles, self.weight.inner() / 9, PANEL / S::LANES);
         let (vectors, columns) = (group.len() * per_panel, group.len() * PANEL);
-        assert_eq!(self.patches.len(), N * N * tiles * inner, "size of transformed patches");
-        assert!(self.sums.len() >= N * N * tiles * columns, "room for the sums");
-        transform_weights::<S, E, N>(simd, self.weight, group, chunk, self.weights);
+        assert_eq!(self.patches.len(), patches_len::<N, D>(tiles, inner), "size of transformed patches");
+        assert!(self.sums.len() >= places::<N, D>() * tiles * columns, "room for the sums");
+        transform_weights::<S, E, N, D>(simd, self.weight, group, chunk, self.weights);
         let width = vectors.div_ceil(vectors.div_ceil(S::TILE.1));
-        for place in 0..N * N {
+        for place in 0..places::<N, D>() {
             let right = &self.weights[place * weights_stride(group.len(), chunk.len())..];
             let pieces = [Piece { left: 0, first: 0, steps: chunk.len() / E::DEPTH }];
             for vector in (0..vectors).step_by(width) {
