@@ -46,10 +46,11 @@ pub fn measure(folder: &Path, device: &Device, precision: Precision, args: &Engi
     eprintln!("kiln: the model");
     let checkpoint = Arc::new(Checkpoint::load(folder, device, precision)?);
     let pictures = Pictures::new(&checkpoint, args.size, args.batch, 1);
-    let (rows, side, element) = (u64::from(args.batch), pictures.latent_side(&checkpoint), element_bytes(precision));
+    let (pictures_at_once, side) = (u64::from(args.batch), pictures.latent_side(&checkpoint));
+    let element = element_bytes(precision);
     let parts = [
-        ("denoising step", Part::Unet, work::unet(&folder.join("unet/config.json"), 2 * rows, side, element)?),
-        ("decoding", Part::Vae, work::vae(&folder.join("vae/config.json"), rows, side, element)?),
+        ("denoising step", Part::Unet, work::denoising_step(folder, pictures_at_once, side, element)?),
+        ("decoding", Part::Vae, work::vae(&folder.join("vae/config.json"), pictures_at_once, side, element)?),
     ];
     let parts = parts.map(|(name, part, work)| {
         let mut subject = Subject::new(&checkpoint, part, pictures)?;
@@ -90,9 +91,10 @@ impl Model {
                 format!("{:.0} %", 100.0 * reached.share),
             ]);
         }
-        table.note("A denoising step with guidance calls the U-Net with two rows for each picture. GFLOP as its");
+        table
+            .note("A step guided by a negative prompt calls the denoiser with two rows for each picture. GFLOP as its");
         table.note("operations are defined: minimal filtering and folded upsampling do with less. GB: every operation");
-        table.note("reads its inputs and weights and writes its output once.");
+        table.note("reads its inputs and weights and writes its output once, in the number format computed in.");
         table
     }
 }

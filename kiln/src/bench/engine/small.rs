@@ -84,7 +84,7 @@ fn line(
     let mut subject = Subject::new(checkpoint, Part::Picture, pictures)?;
     let batch_seconds = sample(RUNS_FOR_EACH * runs, || subject.run(None))?;
     let (side, element) = (pictures.latent_side(checkpoint), element_bytes(precision));
-    let step = work::unet(&folder.join("unet/config.json"), 2 * batch as u64, side, element)?;
+    let step = work::denoising_step(folder, batch as u64, side, element)?;
     let decoding = work::vae(&folder.join("vae/config.json"), batch as u64, side, element)?;
     let flops = STEPS as f64 * step.flops() + decoding.flops();
     Ok(Line {
