@@ -196,16 +196,19 @@ mod tests {
     }
 
     fn ways(of: &Tensor) -> Vec<Way> {
-        let ways = Isa::available().into_iter().map(Way::By);
+        Isa::available().into_iter().map(Way::By).chain(emulated_tiles(of)).collect()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn emulated_tiles(of: &Tensor) -> Vec<Way> {
         // Tiles are of `bf16`, and go with vectors of sixteen.
-        #[cfg(target_arch = "x86_64")]
-        let ways = ways.chain(
-            Isa::available()
-                .into_iter()
-                .filter(|isa| of.format() == Some(Format::Bf16) && *isa >= Isa::Avx512)
-                .map(Way::EmulatedTiles),
-        );
-        ways.collect()
+        let fit = |isa: &Isa| of.format() == Some(Format::Bf16) && *isa >= Isa::Avx512;
+        Isa::available().into_iter().filter(fit).map(Way::EmulatedTiles).collect()
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn emulated_tiles(_of: &Tensor) -> Vec<Way> {
+        Vec::new()
     }
 
     fn by(way: Way, [q, k, v]: [&Tensor; 3], distances: Option<&[f32]>, shape: Shape) -> Vec<f32> {

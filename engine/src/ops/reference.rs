@@ -95,18 +95,6 @@ pub(super) fn elsewhere(tensor: &Tensor) -> Tensor {
     Tensor::on_device(candle_core::Tensor::from_vec(values(tensor), tensor.dims(), &Device::Cpu).unwrap())
 }
 
-/// left (rows × inner) · right (inner × cols) with each sum in `f64`.
-pub(super) fn product(left: &[f32], right: &[f32], rows: usize, inner: usize, cols: usize) -> Vec<f32> {
-    let mut target = Vec::with_capacity(rows * cols);
-    for i in 0..rows {
-        for j in 0..cols {
-            let sum: f64 = (0..inner).map(|k| f64::from(left[i * inner + k]) * f64::from(right[k * cols + j])).sum();
-            target.push(sum as f32);
-        }
-    }
-    target
-}
-
 /// Fails unless each pair differs by at most `tolerance` of the largest expected magnitude (or of 1).
 #[track_caller]
 pub(super) fn assert_close(got: &[f32], expected: &[f32], tolerance: f32) {

@@ -7,7 +7,7 @@ use crate::ops::kernel::panels::Panels;
 use crate::ops::kernel::product::{Finish, Line, Then, chunks, sums_len, unpacked_len};
 use crate::ops::kernel::tile::Piece;
 use crate::ops::parameter::{Parameter, Stored};
-use crate::ops::reference::{assert_close, numbers, product, quantised};
+use crate::ops::reference::{assert_close, numbers, quantised};
 use crate::ops::shared::Shared;
 
 /// A product over windows that lie in a buffer like those of a convolution.
@@ -117,6 +117,18 @@ fn sums(case: &Case, unit: &mut impl Tiles, group: usize) -> Vec<f32> {
         }
     }
     result
+}
+
+/// left (rows × inner) · right (inner × cols) with each sum in `f64`.
+fn product(left: &[f32], right: &[f32], rows: usize, inner: usize, cols: usize) -> Vec<f32> {
+    let mut target = Vec::with_capacity(rows * cols);
+    for i in 0..rows {
+        for j in 0..cols {
+            let sum: f64 = (0..inner).map(|k| f64::from(left[i * inner + k]) * f64::from(right[k * cols + j])).sum();
+            target.push(sum as f32);
+        }
+    }
+    target
 }
 
 /// (positions, outputs), plainly.
