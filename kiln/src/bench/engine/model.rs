@@ -91,8 +91,7 @@ impl Model {
                 format!("{:.0} %", 100.0 * reached.share),
             ]);
         }
-        table
-            .note("A step guided by a negative prompt calls the denoiser with two rows for each picture. GFLOP as its");
+        table.note("Guided by a negative prompt, a step calls the denoiser with two rows a picture. GFLOP as its");
         table.note("operations are defined: minimal filtering and folded upsampling do with less. GB: every operation");
         table.note("reads its inputs and weights and writes its output once, in the number format computed in.");
         table

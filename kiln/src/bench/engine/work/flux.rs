@@ -7,12 +7,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Deserialize;
 
+use super::tokens::TIMESTEP;
 use super::{Counter, Work, read};
 
 /// Tokens of a prompt, of the model that takes guidance as an input and of the one that does not.
 const TOKENS: (u64, u64) = (512, 256);
-/// Numbers that a timestep or a guidance scale is spread out to.
-const TIMESTEP: u64 = 256;
 /// Latent values along a side that make a token.
 const PATCH: u64 = 2;
 

@@ -7,12 +7,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Deserialize;
 
+use super::tokens::TIMESTEP;
 use super::{Counter, Work, read};
 
 /// Tokens of a prompt: both CLIP encoders' side by side, then T5's.
 const TOKENS: u64 = 77 + 256;
-/// Numbers that a timestep is spread out to.
-const TIMESTEP: u64 = 256;
 
 /// What is read of a `transformer/config.json`.
 #[derive(Debug, Deserialize)]

@@ -125,6 +125,11 @@ pub fn denoising_step(folder: &Path, pictures: u64, side: (u64, u64), element: u
 mod tests {
     use super::*;
 
+    /// In units of 10^9, rounded.
+    pub(super) fn giga(number: f64) -> u64 {
+        (number / 1e9).round() as u64
+    }
+
     /// A checkpoint with one denoiser, and so many billions of floating-point operations in a step of one picture. They
     /// were counted with another tool before: torch's counter over diffusers' own modules on tensors without data.
     fn check(part: &str, config: &str, side: (u64, u64), giga: f64) {
@@ -190,5 +195,9 @@ mod tests {
         assert!(refusal().contains(&file.display().to_string()) && refusal().contains("PixArt"), "{}", refusal());
         std::fs::write(&file, r#"{"_class_name": "FluxTransformer2DModel"}"#).unwrap();
         assert!(refusal().contains("attention_head_dim"), "{}", refusal());
+        std::fs::create_dir(folder.path().join("unet")).unwrap();
+        let file = folder.path().join("unet/config.json");
+        std::fs::write(&file, r#"{"patch_size": 2}"#).unwrap();
+        assert!(refusal().contains(&file.display().to_string()) && refusal().contains("in_channels"), "{}", refusal());
     }
 }

@@ -2,6 +2,9 @@
 
 use super::Counter;
 
+/// Numbers that a timestep or a guidance scale is spread out to.
+pub const TIMESTEP: u64 = 256;
+
 impl Counter {
     /// A vector of each row, of `inputs` numbers, in two layers.
     pub fn embedding(&mut self, inputs: u64, width: u64) {

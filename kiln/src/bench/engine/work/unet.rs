@@ -99,12 +99,8 @@ pub(super) fn unet(config: &Path, rows: u64, side: (u64, u64), element: u64) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::giga;
     use super::*;
-
-    /// In units of 10^9, rounded.
-    fn giga(number: f64) -> u64 {
-        (number / 1e9).round() as u64
-    }
 
     #[test]
     fn a_step_of_stable_diffusion_1_5_is_what_its_modules_do() {

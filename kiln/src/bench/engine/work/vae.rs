@@ -42,17 +42,13 @@ pub fn vae(config: &Path, rows: u64, side: (u64, u64), element: u64) -> Result<W
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::giga;
     use super::*;
 
     fn config(text: &str) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         file
-    }
-
-    /// In units of 10^9, rounded.
-    fn giga(number: f64) -> u64 {
-        (number / 1e9).round() as u64
     }
 
     #[test]
