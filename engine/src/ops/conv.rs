@@ -176,7 +176,7 @@ pub(super) fn may_filter(format: Format, inputs: usize, outputs: usize) -> bool 
     /// Below so many weights of a tap there is more to transform than to multiply.
     const FEW: usize = 1 << 12;
     // By matrix tiles, multiplications are all but free.
-    inputs * outputs >= FEW && (format == Format::F32 || Isa::best() != Isa::Amx)
+    inputs * outputs >= FEW && !Isa::best().multiplies_by_tiles(format)
 }
 
 impl Added<'_> {

@@ -23,10 +23,10 @@ mod product;
 mod tests;
 
 pub(super) use attention::ATTENTION_TILE;
-#[cfg(test)]
-pub(in crate::ops) use attention::emulated_attention;
 pub(super) use hardware::{Hardware, is_available};
 pub(super) use product::CHUNK_STEPS;
+#[cfg(test)]
+pub(in crate::ops) use tests::emulated_attention;
 
 use super::element::Element;
 use super::panels::PANEL;

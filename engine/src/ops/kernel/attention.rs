@@ -35,7 +35,7 @@ pub(in crate::ops) struct Inputs<'a, E> {
 /// has the value at i - j + keys - 1 added.
 pub(in crate::ops) fn attention<E: Probability>(isa: Isa, inputs: Inputs<E>) -> Result<Buffer> {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx && E::FORMAT == Format::Bf16 {
+    if isa.multiplies_by_tiles(E::FORMAT) {
         return attention_packed(inputs, amx::ATTENTION_TILE, |task| dispatch(isa, task));
     }
     attention_packed(inputs, [1, E::DEPTH, 1], |task| dispatch(isa, task))
@@ -60,12 +60,14 @@ pub(super) fn attention_packed<E: Probability>(
         let padded = |of_head: &[f32]| of_head.iter().copied().chain([0.0; GROUP]).collect();
         distances.chunks(reach).map(padded).collect()
     });
+    let scale = if distances.is_some() { 1.0 } else { 1.0 / (width as f32).sqrt() };
     let packing = Packing::new(shape, packing);
     let (packed_keys, packed_values) = pack(key, value, shape, packing)?;
     let heads_packed = Heads {
         keys: packed_keys.values(),
         values: packed_values.values(),
         distances: distances.as_deref(),
+        scale: std::f32::consts::LOG2_E * scale,
         shape,
         packing,
     };
@@ -99,6 +101,8 @@ struct Heads<'a, E> {
     keys: &'a [E],
     values: &'a [E],
     distances: Option<&'a [Vec<f32>]>,
+    /// What makes scores exponents of 2.
+    scale: f32,
     shape: Shape,
     packing: Packing,
 }
@@ -113,7 +117,6 @@ impl<'a, E: Probability> Heads<'a, E> {
     #[inline(always)]
     fn head(&self, number: usize) -> Head<'a, E> {
         let (keys, values) = self.packing.len::<E>();
-        let scale = if self.distances.is_some() { 1.0 } else { 1.0 / (self.shape.width() as f32).sqrt() };
         Head {
             keys: &self.keys[number * keys..][..keys],
             values: &self.values[number * values..][..values],
@@ -121,7 +124,7 @@ impl<'a, E: Probability> Heads<'a, E> {
             width: self.shape.width(),
             depth: self.packing.depth,
             lines: self.packing.lines,
-            scale: std::f32::consts::LOG2_E * scale,
+            scale: self.scale,
             causal: self.shape.causal,
             distances: self.distances.map(|distances| distances[number % self.shape.heads].as_slice()),
         }

@@ -7,6 +7,7 @@ use super::portable::Portable;
 use super::simd::Simd;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2::Avx2, avx512::Avx512, avx512::Avx512Bf16};
+use crate::ops::buffer::Format;
 use crate::{Error, Result};
 
 /// An instruction set that there are kernels for, slowest first.
@@ -76,6 +77,11 @@ impl Isa {
     #[cfg(not(target_arch = "x86_64"))]
     fn is_available(self) -> bool {
         self == Self::Portable
+    }
+
+    /// Whether products of numbers in `format` go by tiles.
+    pub(in crate::ops) fn multiplies_by_tiles(self, format: Format) -> bool {
+        self == Self::Amx && format == Format::Bf16
     }
 
     /// The word for it in logs and tables.

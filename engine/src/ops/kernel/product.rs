@@ -116,7 +116,7 @@ pub(super) fn groups(panels: &Range<usize>, most: usize) -> impl Iterator<Item =
 /// Steps of a chunk, a multiple of [`CUT`].
 fn chunk_steps<E: Element>() -> usize {
     #[cfg(target_arch = "x86_64")]
-    if E::FORMAT == Format::Bf16 && Isa::best() == Isa::Amx {
+    if Isa::best().multiplies_by_tiles(E::FORMAT) {
         return amx::CHUNK_STEPS;
     }
     CHUNK_BYTES / (GROUP * PANEL * E::DEPTH * size_of::<E>()) / CUT * CUT

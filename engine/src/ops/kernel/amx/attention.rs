@@ -14,15 +14,6 @@ use crate::ops::kernel::attention_pack::GROUP;
 use crate::ops::kernel::attention_probability::Probability;
 use crate::ops::kernel::attention_softmax::Scores;
 use crate::ops::kernel::simd::Simd;
-#[cfg(test)]
-use {
-    super::emulated::Emulated,
-    crate::Result,
-    crate::ops::buffer::Buffer,
-    crate::ops::kernel::attention::{Inputs, attention_packed},
-    crate::ops::kernel::isa::{Isa, Kernel, dispatch},
-    half::bf16,
-};
 
 /// What keys, their depth and the lines of values must be multiples of.
 pub(in super::super) const ATTENTION_TILE: [usize; 3] = [SIDE, SIDE * PAIR, SIDE];
@@ -56,7 +47,7 @@ impl<E: Probability> Task<'_, E> {
 
     /// As [`Task::run_by_tiles`], with any unit.
     #[inline(always)]
-    fn run_by_any<S: Simd, T: Tiles>(self, simd: S, unit: &mut T) {
+    pub(super) fn run_by_any<S: Simd, T: Tiles>(self, simd: S, unit: &mut T) {
         assert_eq!(E::FORMAT, Format::Bf16, "tiles are of bf16");
         unit.configure(&Shapes::new(SIDE, SIDE));
         self.run_by(simd, &mut ByTiles { unit, rooms: [Room([0.0; SIDE * GROUP]), Room([0.0; SIDE * GROUP])] });
@@ -212,19 +203,4 @@ impl<T: Tiles> ByTiles<'_, T> {
             }
         }
     }
-}
-
-/// [`attention`](crate::ops::kernel::attention::attention) by a unit in plain Rust; `isa` must have vectors of sixteen.
-#[cfg(test)]
-pub(in crate::ops) fn emulated_attention(isa: Isa, inputs: Inputs<bf16>) -> Result<Buffer> {
-    struct Emulating<'a>(Task<'a, bf16>);
-    impl Kernel for Emulating<'_> {
-        type Output = ();
-
-        #[inline(always)]
-        fn run<S: Simd>(self, simd: S) {
-            self.0.run_by_any(simd, &mut Emulated::new());
-        }
-    }
-    attention_packed(inputs, ATTENTION_TILE, |task| dispatch(isa, Emulating(task)))
 }

@@ -1,6 +1,8 @@
 use super::emulated::Emulated;
 use super::*;
-use crate::ops::kernel::attention::{Inputs, Shape, attention};
+use crate::Result;
+use crate::ops::buffer::Buffer;
+use crate::ops::kernel::attention::{Inputs, Shape, Task, attention, attention_packed};
 use crate::ops::kernel::blocks::Quantisation;
 use crate::ops::kernel::isa::{Isa, Kernel, dispatch};
 use crate::ops::kernel::panels::Panels;
@@ -228,6 +230,20 @@ fn the_processor_computes_as_the_emulated_unit_does() {
         let expected = sums(&case, &mut Emulated::new(), GROUP);
         assert!(got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
+}
+
+/// [`attention`](crate::ops::kernel::attention::attention) by a unit in plain Rust; `isa` must have vectors of sixteen.
+pub(in crate::ops) fn emulated_attention(isa: Isa, inputs: Inputs<bf16>) -> Result<Buffer> {
+    struct Emulating<'a>(Task<'a, bf16>);
+    impl Kernel for Emulating<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            self.0.run_by_any(simd, &mut Emulated::new());
+        }
+    }
+    attention_packed(inputs, ATTENTION_TILE, |task| dispatch(isa, Emulating(task)))
 }
 
 #[test]
