@@ -147,7 +147,7 @@ impl<E: Probability> Task<'_, E> {
     pub fn run_by<S: Simd>(self, simd: S, products: &mut impl Products<E>) {
         let (all, mut skipped) = (self.queries, 0);
         while skipped < all.lines.count {
-            let count = group_queries::<S>(all.lines.count - skipped);
+            let count = group_queries::<S, E>(all.lines.count - skipped);
             // All heads of some queries: they lie side by side in memory.
             for (place, number) in self.numbers.clone().enumerate() {
                 let head = self.heads.head(number);

@@ -14,6 +14,7 @@ use std::ops::Range;
 use super::attention_pack::{Lines, into_lanes, out_of_lanes};
 use super::attention_probability::Probability;
 use super::attention_softmax::Scores;
+use super::element::Element;
 use super::simd::Simd;
 use crate::ops::shared::Shared;
 
@@ -56,15 +57,10 @@ pub(super) struct Queries<'a, E> {
     pub first: usize,
 }
 
-/// Vectors of queries in a group. Where there are few registers two: a third would leave none for what tiles of
-/// products are multiplied from.
-const fn vectors<S: Simd>() -> usize {
-    if S::TILE.0 == 8 { 3 } else { 2 }
-}
-
 /// Queries of the next group where `left` are left: as many as there is room for, or in the end a vector.
-pub(super) fn group_queries<S: Simd>(left: usize) -> usize {
-    left.min(if left > (vectors::<S>() - 1) * S::LANES { vectors::<S>() * S::LANES } else { S::LANES })
+pub(super) fn group_queries<S: Simd, E: Element>(left: usize) -> usize {
+    let (_, vectors) = E::tile::<S>();
+    left.min(if left > (vectors - 1) * S::LANES { vectors * S::LANES } else { S::LANES })
 }
 
 /// Values of scratch that a group of `queries` needs: in the head's format, and in `f32`.
@@ -92,7 +88,7 @@ pub(super) unsafe fn attend<S: Simd, E: Probability>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (queries.lines.count.div_ceil(S::LANES), vectors::<S>()) {
+        match (queries.lines.count.div_ceil(S::LANES), E::tile::<S>().1) {
             (1, _) => Group::<S, E, 1>::new(simd, head, queries, narrow, wide).run(products),
             (_, 2) => Group::<S, E, 2>::new(simd, head, queries, narrow, wide).run(products),
             _ => Group::<S, E, 3>::new(simd, head, queries, narrow, wide).run(products),

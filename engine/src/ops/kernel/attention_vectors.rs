@@ -16,12 +16,12 @@ impl<E: Probability> Products<E> for ByVectors {
     fn scores<S: Simd, const V: usize>(&mut self, group: &mut Group<S, E, V>, keys: Range<usize>, then: Scores) {
         let (start, end) = (keys.start, keys.end);
         let mut key = start;
-        if S::TILE.0 == 8 {
+        if E::tile::<S>().0 == 8 {
             while key + 8 <= end {
                 score_tile::<8, S, E, V>(group, key, start, then);
                 key += 8;
             }
-        } else {
+        } else if E::tile::<S>().0 == 6 {
             while key + 6 <= end {
                 score_tile::<6, S, E, V>(group, key, start, then);
                 key += 6;
@@ -43,12 +43,12 @@ impl<E: Probability> Products<E> for ByVectors {
     #[inline(always)]
     fn outputs<S: Simd, const V: usize>(&mut self, group: &mut Group<S, E, V>, keys: Range<usize>) {
         let (width, mut line) = (group.head.width, 0);
-        if S::TILE.0 == 8 {
+        if E::tile::<S>().0 == 8 {
             while line + 8 <= width {
                 output_tile::<8, S, E, V>(group, line, &keys);
                 line += 8;
             }
-        } else {
+        } else if E::tile::<S>().0 == 6 {
             while line + 6 <= width {
                 output_tile::<6, S, E, V>(group, line, &keys);
                 line += 6;

@@ -25,7 +25,8 @@ impl Simd for Avx2 {
     type F32 = __m256;
     type Pairs = __m256i;
     const LANES: usize = 8;
-    const TILE: (usize, usize) = (4, 3);
+    const TILE: (usize, usize) = (6, 2);
+    const PAIR_TILE: (usize, usize) = (4, 2);
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {

@@ -205,6 +205,7 @@ unsafe fn half(pairs: __m512i, place: usize) -> __m512 {
 // promises.
 impl Simd for Avx512 {
     type Pairs = __m512i;
+    const PAIR_TILE: (usize, usize) = (8, 2);
     plain_operations!();
 
     #[inline(always)]

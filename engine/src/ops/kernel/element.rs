@@ -13,6 +13,8 @@ pub(in crate::ops) trait Element: Value + Default {
     /// What a multiply-add takes: [`Simd::LANES`] × [`Element::DEPTH`] values.
     type Factor<S: Simd>: Copy;
 
+    /// Positions × vectors of outputs whose sums fit into the registers.
+    fn tile<S: Simd>() -> (usize, usize);
     /// [`Element::DEPTH`] neighbouring values in every lane.
     /// # Safety
     /// `from` must be readable for [`Element::DEPTH`] values.
@@ -57,6 +59,10 @@ impl Element for f32 {
     const DEPTH: usize = 1;
     type Factor<S: Simd> = S::F32;
 
+    #[inline(always)]
+    fn tile<S: Simd>() -> (usize, usize) {
+        S::TILE
+    }
     #[inline(always)]
     unsafe fn splat_factor<S: Simd>(simd: S, from: *const f32) -> S::F32 {
         simd.splat(unsafe { from.read() })
@@ -112,6 +118,10 @@ impl Element for bf16 {
     const DEPTH: usize = 2;
     type Factor<S: Simd> = S::Pairs;
 
+    #[inline(always)]
+    fn tile<S: Simd>() -> (usize, usize) {
+        S::PAIR_TILE
+    }
     #[inline(always)]
     unsafe fn splat_factor<S: Simd>(simd: S, from: *const bf16) -> S::Pairs {
         unsafe { simd.splat_pair(from) }

@@ -190,7 +190,7 @@ impl<'a, E: Element> Block<'a, E> {
     fn sum<S: Simd>(&mut self, simd: S, group: &Range<usize>) {
         let per_panel = PANEL / S::LANES;
         let count = group.len() * per_panel;
-        let width = count.div_ceil(count.div_ceil(S::TILE.1));
+        let width = count.div_ceil(count.div_ceil(E::tile::<S>().1));
         let sums_stride = group.len() * PANEL;
         for (chunk, pieces) in self.pieces.iter().enumerate() {
             let right = self.right(simd, group, pieces);

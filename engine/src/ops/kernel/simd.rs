@@ -15,8 +15,11 @@ pub(in crate::ops) trait Simd: Copy + Send + Sync {
     type Pairs: Copy;
     /// Numbers in a vector: a divisor of 16.
     const LANES: usize;
-    /// Positions × vectors of outputs whose sums fit into the registers.
+    /// Positions × vectors of outputs whose sums fit into the registers beside a vector's factors: 8, 6 or 4 of up
+    /// to 3. One register too few, and a sum goes through memory in each step.
     const TILE: (usize, usize);
+    /// The same for [pairs](Simd::dot), which may need registers for either half.
+    const PAIR_TILE: (usize, usize) = Self::TILE;
 
     /// Whether products of `bf16` go by tiles, which this thread may use.
     #[cfg(target_arch = "x86_64")]

@@ -31,7 +31,7 @@ pub(super) struct Strip<'a, E> {
     pub inner: usize,
     /// The first vector of outputs, counted over all panels.
     pub vector: usize,
-    /// Vectors of outputs, at most [`Simd::TILE`]'s.
+    /// Vectors of outputs, at most [`Element::tile`]'s.
     pub vectors: usize,
     pub pieces: &'a [Piece],
     /// Sums of the first position and vector.
@@ -56,7 +56,7 @@ impl<E: Element> Strip<'_, E> {
     /// As [`Strip::run`].
     #[inline(always)]
     unsafe fn vectors<S: Simd>(&self, simd: S) {
-        debug_assert!(self.vectors <= S::TILE.1);
+        debug_assert!(self.vectors <= E::tile::<S>().1);
         // SAFETY: the caller's promise.
         unsafe {
             match self.vectors {
@@ -74,10 +74,17 @@ impl<E: Element> Strip<'_, E> {
         let mut at = 0;
         // SAFETY: the caller's promise; `at` stays within the positions.
         unsafe {
-            if S::TILE.0 == 8 {
+            if E::tile::<S>().0 == 8 {
                 while at + 8 <= self.positions {
                     self.tile::<S, 8, V>(simd, at);
                     at += 8;
+                }
+            }
+            if E::tile::<S>().0 == 6 {
+                // Eight are two fours: pairs wait for their sums.
+                while at + 6 <= self.positions && at + 8 != self.positions {
+                    self.tile::<S, 6, V>(simd, at);
+                    at += 6;
                 }
             }
             while at + 4 <= self.positions {

@@ -95,7 +95,7 @@ impl<E: Element, const N: usize, const D: bool> Block<'_, E, N, D> {
         assert_eq!(self.patches.len(), patches_len::<N, D>(tiles, inner), "size of transformed patches");
         assert!(self.sums.len() >= places::<N, D>() * tiles * columns, "room for the sums");
         transform_weights::<S, E, N, D>(simd, self.weight, group, chunk, self.weights);
-        let width = vectors.div_ceil(vectors.div_ceil(S::TILE.1));
+        let width = vectors.div_ceil(vectors.div_ceil(E::tile::<S>().1));
         for place in 0..places::<N, D>() {
             let right = &self.weights[place * weights_stride(group.len(), chunk.len())..];
             let pieces = [Piece { left: 0, first: 0, steps: chunk.len() / E::DEPTH }];
