@@ -4,6 +4,7 @@
 mod files;
 mod gguf;
 mod layers;
+mod mapped;
 mod origin;
 mod original;
 mod part;
@@ -11,17 +12,16 @@ mod part;
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Display;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 pub(crate) use self::files::find;
 pub(crate) use self::gguf::Entry;
+use self::mapped::Mapped;
 pub(crate) use self::origin::Origin;
 pub(crate) use self::original::SingleFile;
 pub(crate) use self::part::Part;
@@ -34,7 +34,7 @@ const NAMES_SHOWN: usize = 8;
 /// The tensors of one part of a checkpoint (its text encoder, denoiser or VAE).
 pub(crate) struct Weights {
     folder: PathBuf,
-    maps: Vec<Arc<Mmap>>,
+    maps: Vec<Arc<Mapped>>,
     stored: HashMap<String, Stored>,
     place: Place,
     seen: RefCell<Seen>,
@@ -99,7 +99,7 @@ impl Weights {
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::checkpoint(path, problem);
         let map = map_file(path)?;
-        prefetch(Arc::clone(&map), 0..map.len());
+        map.read_ahead(0..map.len());
         for Entry { name, format, shape, bytes } in entries(path, &map)? {
             let stored = Stored { map: self.maps.len(), bytes, format, shape, order: Order::Plain };
             if let Some(twice) = self.stored.insert(name.clone(), stored) {
@@ -113,7 +113,7 @@ impl Weights {
     }
 
     /// The tensors of a part within a mapped file, under our names.
-    fn of(path: PathBuf, map: Arc<Mmap>, stored: HashMap<String, Stored>, place: &Place) -> Self {
+    fn of(path: PathBuf, map: Arc<Mapped>, stored: HashMap<String, Stored>, place: &Place) -> Self {
         Self { folder: path, maps: vec![map], stored, place: place.clone(), seen: RefCell::default() }
     }
 
@@ -213,19 +213,14 @@ impl Weights {
     /// Tells the system that a tensor has been read.
     fn release(&self, name: &str) {
         if let Some(stored) = self.stored.get(name) {
-            release(&self.maps[stored.map], stored.bytes.clone());
+            self.maps[stored.map].release(stored.bytes.clone());
         }
     }
 }
 
 /// Maps a file.
-fn map_file(path: &Path) -> Result<Arc<Mmap>> {
-    let file = File::open(path).map_err(|error| Error::checkpoint(path, error))?;
-    // SAFETY: the map is read-only. As with every mapped weight file, the file must not be
-    // truncated while it is being loaded; it is unmapped once its parts are built.
-    #[allow(unsafe_code)]
-    let map = unsafe { Mmap::map(&file) }.map_err(|error| Error::checkpoint(path, error))?;
-    Ok(Arc::new(map))
+fn map_file(path: &Path) -> Result<Arc<Mapped>> {
+    Mapped::open(path).map_err(|error| Error::checkpoint(path, error))
 }
 
 /// What tensors come in.
@@ -243,7 +238,7 @@ pub(crate) fn read_header(path: &Path) -> Result<(Container, usize, Vec<Entry>)>
 }
 
 /// The tensors of a mapped file, whichever container it is.
-fn entries(path: &Path, map: &Mmap) -> Result<Vec<Entry>> {
+fn entries(path: &Path, map: &[u8]) -> Result<Vec<Entry>> {
     let entries = if gguf::is_gguf(map) { gguf::read(map) } else { read_safetensors(map) };
     entries.map_err(|problem| Error::checkpoint(path, problem))
 }
@@ -286,44 +281,6 @@ fn read_safetensors(file: &[u8]) -> Result<Vec<Entry>, String> {
     };
     Ok(tensors.iter().map(entry).collect())
 }
-
-/// Has the system read these bytes of the map ahead, on a thread of its own: on a cold start the disk then works
-/// while weights are packed, and on more than one request at a time.
-#[cfg(unix)]
-fn prefetch(map: Arc<Mmap>, bytes: Range<usize>) {
-    /// Bytes asked for at a time: systems cut longer wishes short.
-    const STEP: usize = 4 << 20;
-    let ask = move || {
-        for start in bytes.clone().step_by(STEP) {
-            let len = STEP.min(bytes.end - start);
-            if let Err(error) = map.advise_range(memmap2::Advice::WillNeed, start, len) {
-                tracing::debug!(%error, "the system does not read a weight file ahead");
-                return;
-            }
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("prefetch".to_owned()).spawn(ask) {
-        tracing::debug!(%error, "no thread to read a weight file ahead");
-    }
-}
-
-#[cfg(not(unix))]
-fn prefetch(_map: Arc<Mmap>, _bytes: Range<usize>) {}
-
-/// Tells the system that these bytes of the map have been read, so that they stop counting as this
-/// process's memory.
-#[cfg(unix)]
-fn release(map: &Mmap, bytes: Range<usize>) {
-    // SAFETY: a read-only map of a file: pages that are dropped come back from the file if read again.
-    #[allow(unsafe_code)]
-    let released = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
-    if let Err(error) = released {
-        tracing::debug!(%error, "the system keeps the pages of a weight file");
-    }
-}
-
-#[cfg(not(unix))]
-fn release(_map: &Mmap, _bytes: Range<usize>) {}
 
 /// A shape without the ones at its end: a 1×1 convolution has the weights of a linear layer.
 fn trimmed(shape: &[usize]) -> &[usize] {

@@ -19,12 +19,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
-use memmap2::Mmap;
 use serde_json::{Map, Value, json};
 
 use self::names::{Ours, Share, whole};
 use self::tensors::Tensors;
-use super::{Entry, Order, Stored, Weights, bytes_at, entries, map_file, prefetch};
+use super::{Entry, Mapped, Order, Stored, Weights, bytes_at, entries, map_file};
 use crate::config::ConfigFile;
 use crate::ops::{Place, Stored as Format};
 use crate::{Error, FamilyKind, PredictionKind, Result};
@@ -35,7 +34,7 @@ const STEPS_OF_SD2_BASE: f64 = 875_000.0;
 /// One file that holds several parts of a checkpoint.
 pub(crate) struct SingleFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Arc<Mapped>,
     /// By their names in the file.
     stored: BTreeMap<String, Stored>,
     parts: BTreeMap<&'static str, Found>,
@@ -113,7 +112,7 @@ impl SingleFile {
     pub fn open_for(path: &Path, part: &str) -> Result<Self> {
         let file = Self::open(path)?;
         let bytes = file.bytes(part)?;
-        file.read_ahead.call_once(|| prefetch(Arc::clone(&file.map), bytes));
+        file.read_ahead.call_once(|| file.map.read_ahead(bytes));
         Ok(file)
     }
 
@@ -332,7 +331,7 @@ impl SingleFile {
 
     /// The part's weights under our names.
     pub fn weights(&self, part: &str, place: &Place) -> Result<Weights> {
-        self.read_ahead.call_once(|| prefetch(Arc::clone(&self.map), 0..self.map.len()));
+        self.read_ahead.call_once(|| self.map.read_ahead(0..self.map.len()));
         let found = self.found(part)?;
         let tensors = self.tensors(part, found);
         let mut ours = HashMap::with_capacity(tensors.stored.len());
