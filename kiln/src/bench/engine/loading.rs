@@ -11,9 +11,10 @@ use anyhow::{Context, Result, ensure};
 use memmap2::MmapMut;
 use serde::Serialize;
 
+use super::super::stats::Spread;
 use super::super::table::Table;
 use super::args::EngineArgs;
-use super::timing::{Timed, sample, seconds};
+use super::timing::{Timed, in_turns, seconds};
 
 /// Read at once by a thread, into the same memory each time.
 const PIECE: usize = 4 << 20;
@@ -45,6 +46,21 @@ pub struct Way {
     /// The same, each byte into memory of its own that the system has to find first: what any loader that
     /// keeps the weights needs at least.
     pub kept: Timed,
+    /// The rate of loading to that of the faster of the two ways of reading, round by round.
+    pub loaded_to_read: Spread,
+    /// The same to reading and keeping.
+    pub loaded_to_kept: Spread,
+}
+
+impl Way {
+    fn of(from: &'static str, load: Timed, read_one: Timed, read_all: Timed, kept: Timed) -> Option<Self> {
+        let faster: Vec<f64> = read_one.samples.iter().zip(&read_all.samples).map(|(one, all)| one.min(*all)).collect();
+        let share = |of: &[f64]| {
+            Spread::of(&of.iter().zip(&load.samples).map(|(other, load)| other / load).collect::<Vec<_>>())
+        };
+        let (loaded_to_read, loaded_to_kept) = (share(&faster)?, share(&kept.samples)?);
+        Some(Self { from, load, read_one, read_all, kept, loaded_to_read, loaded_to_kept })
+    }
 }
 
 /// Loads and reads the checkpoint in `folder` again and again.
@@ -52,26 +68,26 @@ pub fn measure(folder: &Path, device: &Device, precision: Precision, args: &Engi
     eprintln!("kiln: loading");
     let files = weight_files(folder)?;
     let pieces = Pieces::of(&files)?;
+    let threads = bench::threads();
     let way = |from, before: fn() -> Result<()>| {
         let read = |threads, keep| {
-            sample(args.runs, || {
-                before()?;
-                seconds(|| pieces.read(threads, keep))
-            })
+            before()?;
+            seconds(|| pieces.read(threads, keep))
         };
-        let load = || {
+        let mut load = || {
             before()?;
             seconds(|| Ok(Checkpoint::load(folder, device, precision)?))
         };
-        let threads = bench::threads();
-        let (read_one, read_all, kept) = (read(1, false)?, read(threads, false)?, read(threads, true)?);
-        Ok::<_, anyhow::Error>(Way { from, load: sample(args.runs, load)?, read_one, read_all, kept })
+        let works: [&mut dyn FnMut() -> Result<f64>; 4] =
+            [&mut load, &mut || read(1, false), &mut || read(threads, false), &mut || read(threads, true)];
+        let [load, read_one, read_all, kept] = in_turns(args.runs, works)?;
+        Way::of(from, load, read_one, read_all, kept).context("nothing was timed")
     };
     let mut ways = vec![way("file cache", || Ok(()))?];
     if args.cold {
         ways.push(way("disk", empty_file_cache)?);
     }
-    Ok(Loading { bytes: pieces.bytes, threads: bench::threads(), ways })
+    Ok(Loading { bytes: pieces.bytes, threads, ways })
 }
 
 fn empty_file_cache() -> Result<()> {
@@ -170,22 +186,25 @@ impl Loading {
                 "loaded ÷ kept",
             ],
         );
-        for Way { from, load, read_one, read_all, kept } in &self.ways {
-            let rate = |timed: &Timed| self.bytes as f64 / timed.seconds.median / 1e9;
-            let fastest = rate(read_one).max(rate(read_all));
+        for way in &self.ways {
+            let rate = |timed: &Timed| format!("{:.2}", self.bytes as f64 / timed.seconds.median / 1e9);
+            let share = |Spread { median, min, max }: Spread| format!("{median:.2} ({min:.2}-{max:.2})");
             table.row([
-                (*from).to_owned(),
-                format!("{:.2}", load.seconds.median),
-                format!("{:.2}", rate(load)),
-                format!("{:.2}", rate(read_one)),
-                format!("{:.2}", rate(read_all)),
-                format!("{:.2}", rate(kept)),
-                format!("{:.2}", rate(load) / fastest),
-                format!("{:.2}", rate(load) / rate(kept)),
+                way.from.to_owned(),
+                format!("{:.2}", way.load.seconds.median),
+                rate(&way.load),
+                rate(&way.read_one),
+                rate(&way.read_all),
+                rate(&way.kept),
+                share(way.loaded_to_read),
+                share(way.loaded_to_kept),
             ]);
         }
         table.note("Read: into the same few MiB again and again, nothing done with them. Kept: on all threads, into");
-        table.note("memory of its own that the system has to clear first, as any loader's. Medians.");
+        table.note(
+            "memory of its own that the system has to clear first, as any loader's. All in turns; medians of the",
+        );
+        table.note("times and of the rounds' ratios.");
         table
     }
 }
@@ -193,6 +212,15 @@ impl Loading {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_are_of_the_same_round() {
+        let timed = |samples: [f64; 3]| Timed::of(samples.to_vec()).unwrap();
+        let (load, kept) = (timed([2.0, 4.0, 1.0]), timed([1.0, 4.0, 2.0]));
+        let way = Way::of("disk", load, timed([1.0, 3.0, 1.0]), timed([3.0, 2.0, 2.0]), kept).unwrap();
+        assert_eq!(way.loaded_to_read, Spread { median: 0.5, min: 0.5, max: 1.0 });
+        assert_eq!(way.loaded_to_kept, Spread { median: 1.0, min: 0.5, max: 2.0 });
+    }
 
     #[test]
     fn all_weights_of_a_folder_are_read() {

@@ -32,6 +32,23 @@ pub fn sample(runs: u32, mut run: impl FnMut() -> Result<f64>) -> Result<Timed> 
     Timed::of(samples).ok_or_else(|| anyhow::anyhow!("nothing was timed"))
 }
 
+/// [`sample`] of several works in turns, each time another one first: what changes with time, as a disk's rate does,
+/// changes for all.
+pub fn in_turns<const N: usize>(runs: u32, works: [&mut dyn FnMut() -> Result<f64>; N]) -> Result<[Timed; N]> {
+    let mut samples = [const { Vec::new() }; N];
+    for round in 0..=runs as usize {
+        for turn in 0..N {
+            let which = (round + turn) % N;
+            let seconds = works[which]()?;
+            if round > 0 {
+                samples[which].push(seconds);
+            }
+        }
+    }
+    let timed: Option<Vec<Timed>> = samples.into_iter().map(Timed::of).collect();
+    timed.and_then(|timed| timed.try_into().ok()).ok_or_else(|| anyhow::anyhow!("nothing was timed"))
+}
+
 /// How long `work` takes; getting rid of what it makes is not part of it.
 pub fn seconds<T>(work: impl FnOnce() -> Result<T>) -> Result<f64> {
     let started = Instant::now();
@@ -71,6 +88,19 @@ mod tests {
         let timed = timed.unwrap();
         assert_eq!(timed.samples, [2.0, 3.0, 4.0]);
         assert_eq!(timed.seconds, Spread { median: 3.0, min: 2.0, max: 4.0 });
+    }
+
+    #[test]
+    fn works_in_turns_share_their_rounds() {
+        let order = std::cell::RefCell::new(Vec::new());
+        let work = |name: f64| {
+            order.borrow_mut().push(name);
+            Ok(name)
+        };
+        let [first, second] = in_turns(2, [&mut || work(1.0), &mut || work(2.0)]).unwrap();
+        assert_eq!((first.samples, second.samples), (vec![1.0; 2], vec![2.0; 2]));
+        assert_eq!(order.into_inner(), [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]);
+        assert!(in_turns(0, [&mut || Ok(1.0)]).is_err());
     }
 
     #[test]
