@@ -1,5 +1,6 @@
 //! The VAE both ways, whole and in bands.
 
+use candle_core::{DType, Device};
 use safetensors::SafeTensors;
 
 use super::{CHECKPOINTS, Goldens, difference, dims4, folder, numbers};
@@ -11,7 +12,11 @@ use crate::vae::Vae;
 const SEED: u64 = 707;
 
 fn vae(checkpoint: &str) -> Vae {
-    Vae::load(folder(checkpoint).join("vae"), &Place::host()).unwrap()
+    vae_at(checkpoint, &Place::host())
+}
+
+fn vae_at(checkpoint: &str, place: &Place) -> Vae {
+    Vae::load(folder(checkpoint).join("vae"), place).unwrap()
 }
 
 /// A golden picture as (height, width, 3) values, and its sides.
@@ -71,23 +76,10 @@ fn waves(len: usize, period: f32, size: f32) -> Vec<f32> {
     (0..len).map(|index| size * (index as f32 / period).sin() * (index as f32 * 0.37).cos()).collect()
 }
 
-/// The demo checkpoint's VAE where its own format may be half.
-fn demo_at(place: &Place) -> Vae {
-    let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(super::folder("demo").join("vae")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
-    }
-    let config = folder.path().join("config.json");
-    let text = std::fs::read_to_string(&config).unwrap();
-    std::fs::write(&config, text.replace("\"force_upcast\": true", "\"force_upcast\": false")).unwrap();
-    Vae::load(folder.path(), place).unwrap()
-}
-
 #[test]
 fn a_picture_in_bands_is_bit_for_bit_the_whole_picture() {
-    for dtype in [candle_core::DType::F32, candle_core::DType::BF16] {
-        let vae = demo_at(&Place::new(&candle_core::Device::Cpu, dtype));
+    for dtype in [DType::F32, DType::BF16] {
+        let vae = vae_at("demo", &Place::new(&Device::Cpu, dtype));
         for (height, width, budgets) in [(512, 768, vec![16 << 20]), (168, 136, vec![2 << 20, 0]), (128, 8, vec![0])] {
             let (down, across) = (height / 8, width / 8);
             let (latents, dims) = (waves(4 * down * across, 50.0, 4.0), [1, 4, down, across]);
@@ -117,4 +109,11 @@ fn rows_of_a_decoding_in_bands_are_the_rows_alone() {
         let alone = vae.decode(latent, [1, 4, down, across], usize::MAX).unwrap().to_values().unwrap();
         assert!(both[row * alone.len()..(row + 1) * alone.len()] == alone, "row {row}");
     }
+}
+
+#[test]
+fn a_decoder_that_f16_cannot_hold_computes_in_f32_there() {
+    let picture_bytes = |dtype| vae_at("demo", &Place::new(&Device::Cpu, dtype).elsewhere()).picture_bytes(64, 64);
+    let [half, brain, single] = [DType::F16, DType::BF16, DType::F32].map(picture_bytes);
+    assert_eq!((half, 2 * brain), (single, single));
 }

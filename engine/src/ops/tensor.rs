@@ -42,10 +42,14 @@ impl Place {
         Self { dtype: DType::F32, ..self.clone() }
     }
 
+    /// Whether it computes in `f16`, which ends at 65,504. The host computes `f16` as `f32`.
+    pub fn is_f16(&self) -> bool {
+        !self.host && self.dtype == DType::F16
+    }
+
     /// The same place with a format that holds numbers as large as `f32` does.
     pub fn with_wide_range(&self) -> Self {
-        // The host computes `f16` as `f32`.
-        if self.host || self.dtype != DType::F16 {
+        if !self.is_f16() {
             return self.clone();
         }
         let half = Self { dtype: DType::BF16, ..self.clone() };

@@ -37,8 +37,8 @@ impl Vae {
     pub fn load(part: impl Into<Part>, place: &Place) -> Result<Self> {
         let part = part.into();
         let config = VaeConfig::read(&part.config()?)?;
-        // f16 cannot hold the activations of decoders that say so.
-        let place = if config.force_upcast { &place.in_f32() } else { place };
+        // f16 cannot hold the activations of decoders that say so; bf16 reaches as far as f32.
+        let place = if config.force_upcast && place.is_f16() { &place.in_f32() } else { place };
         let weights = part.weights("diffusion_pytorch_model", place)?;
         let root = weights.root();
         let pointwise = |name: &str, channels: usize| root.at(name).conv2d(channels, channels, 1, ConvShape::same(1));

@@ -61,8 +61,8 @@ impl<E: Element> Strip<'_, E> {
         unsafe {
             match self.vectors {
                 1 => self.columns::<S, 1>(simd),
-                2 => self.columns::<S, 2>(simd),
-                _ => self.columns::<S, 3>(simd),
+                3 if E::tile::<S>().1 == 3 => self.columns::<S, 3>(simd),
+                _ => self.columns::<S, 2>(simd),
             }
         }
     }
