@@ -232,6 +232,68 @@ fn the_processor_computes_as_the_emulated_unit_does() {
     }
 }
 
+/// Bits of a `f32` or, in the upper half, of a `bf16`: ordinary, so small that products of two are denormal or
+/// just not, or anything at all.
+fn any_bits(state: &mut u64, kind: u64) -> u32 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    let (bits, roll) = ((*state >> 32) as u32, *state >> 24 & 0xff);
+    let exponent = match (kind, roll) {
+        (0, _) => 120 + bits % 16,
+        (1, _) => 52 + bits % 16,
+        (_, 0) => 255,
+        (_, 1..=9) => 0,
+        (_, 10..=40) => bits & 0xff,
+        (_, 41..=140) => 60 + bits % 8,
+        _ => 124 + bits % 8,
+    };
+    bits & 0x807f_ffff | exponent << 23
+}
+
+/// One instruction, with tiles of any shape and bits of any kind.
+fn multiplied(unit: &mut impl Tiles, rows: usize, depth: usize, seed: u64) -> [[f32; SIDE]; SIDE] {
+    let (kind, mut state) = (seed % 3, seed);
+    let mut pairs = |_| {
+        std::array::from_fn::<u32, SIDE, _>(|_| {
+            any_bits(&mut state, kind) & 0xffff_0000 | any_bits(&mut state, kind) >> 16
+        })
+    };
+    let (left, right): ([_; SIDE], [_; SIDE]) = (std::array::from_fn(&mut pairs), std::array::from_fn(&mut pairs));
+    // Sums as products are: of the small ones, around the least normal number.
+    let mut sums = std::array::from_fn(|_| {
+        std::array::from_fn(|_| {
+            let bits = any_bits(&mut state, kind);
+            f32::from_bits(if kind == 1 { bits & 0x807f_ffff | (bits >> 8 & 3) << 23 } else { bits })
+        })
+    });
+    unit.configure(&Shapes::new(rows, depth));
+    // SAFETY: sixteen rows of 64 bytes each, which are more than any shape needs.
+    unsafe {
+        unit.load::<SUMS>(sums.as_ptr().cast(), 64);
+        unit.load::<LEFT>(left.as_ptr().cast(), 64);
+        unit.load::<RIGHT>(right.as_ptr().cast(), 64);
+        unit.multiply::<SUMS, LEFT, RIGHT>();
+        unit.store::<SUMS>(sums.as_mut_ptr().cast(), 64);
+    }
+    sums
+}
+
+#[test]
+fn the_processor_makes_of_any_bits_what_the_emulated_unit_does() {
+    if !Isa::available().contains(&Isa::Amx) {
+        return;
+    }
+    for seed in 0..768 {
+        let (rows, depth) = (1 + seed / 3 % 16, 1 + seed / 48 % 16);
+        // SAFETY: just asked, and dropped at once.
+        let got = multiplied(&mut unsafe { Hardware::new() }, rows, depth, seed as u64);
+        let expected = multiplied(&mut Emulated::new(), rows, depth, seed as u64);
+        for (got, expected) in got.as_flattened().iter().zip(expected.as_flattened()) {
+            let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
+            assert!(same, "{rows} rows, {depth} pairs, seed {seed}: {got:e} is not {expected:e}");
+        }
+    }
+}
+
 /// [`attention`](crate::ops::kernel::attention::attention) by a unit in plain Rust; `isa` must have vectors of sixteen.
 pub(in crate::ops) fn emulated_attention(isa: Isa, inputs: Inputs<bf16>) -> Result<Buffer> {
     struct Emulating<'a>(Task<'a, bf16>);
