@@ -120,12 +120,19 @@ impl Client {
             .ok()
             .filter(|url| ["http", "https"].contains(&url.scheme()))
             .with_context(|| format!("--api must be an address like http://127.0.0.1:8600, but is `{api}`"))?;
-        let mut http = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
-        // A proxy cannot reach this machine's own loopback.
-        if url.host_str().is_some_and(|host| host == "localhost" || host.starts_with("127.") || host == "[::1]") {
-            http = http.no_proxy();
-        }
-        Ok(Self { api, key, http: http.build().context("the HTTP client cannot be set up")? })
+        let builder = || {
+            let http = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+            // A proxy cannot reach this machine's own loopback.
+            let local =
+                url.host_str().is_some_and(|host| host == "localhost" || host.starts_with("127.") || host == "[::1]");
+            if local { http.no_proxy() } else { http }
+        };
+        let http = match builder().build() {
+            // A system without certificates still speaks to whom it needs none for.
+            Err(_) if url.scheme() == "http" => builder().tls_certs_only([]).build(),
+            built => built,
+        };
+        Ok(Self { api, key, http: http.context("the HTTP client cannot be set up")? })
     }
 
     /// One submission.

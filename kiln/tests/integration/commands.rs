@@ -121,6 +121,20 @@ fn without_a_scheduler_a_client_says_how_to_start_one() {
 }
 
 #[test]
+fn without_certificates_a_client_speaks_to_addresses_that_need_none() {
+    let home = tempfile::tempdir().unwrap();
+    let complaint = |api: &str| {
+        let mut command = kiln(home.path());
+        command.args(["status", "--api", api]).env("SSL_CERT_FILE", "/missing").env("SSL_CERT_DIR", "/missing");
+        stderr(&command.output().unwrap())
+    };
+    let plain = complaint("http://127.0.0.1:9");
+    assert!(plain.contains("http://127.0.0.1:9") && !plain.contains("certificates"), "{plain}");
+    let secure = complaint("https://127.0.0.1:9");
+    assert!(secure.contains("certificates"), "{secure}");
+}
+
+#[test]
 fn render_refuses_bad_input_before_it_loads_anything() {
     let home = tempfile::tempdir().unwrap();
     for (arguments, words) in [
