@@ -2,23 +2,25 @@
 //! does not count as this process's memory.
 
 use std::fs::File;
-use std::io::Result;
 use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use crate::{Error, Result};
+
 /// A file's bytes; read-only.
 pub(crate) struct Mapped(Mmap);
 
 impl Mapped {
     pub fn open(path: &Path) -> Result<Arc<Self>> {
-        let file = File::open(path)?;
+        let refuse = |error| Error::checkpoint(path, error);
+        let file = File::open(path).map_err(refuse)?;
         // SAFETY: the map is read-only. As with every mapped weight file, the file must not be
         // truncated while it is being loaded; it is unmapped once its parts are built.
         #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }?;
+        let map = unsafe { Mmap::map(&file) }.map_err(refuse)?;
         Ok(Arc::new(Self(map)))
     }
 

@@ -98,7 +98,7 @@ impl Weights {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::checkpoint(path, problem);
-        let map = map_file(path)?;
+        let map = Mapped::open(path)?;
         map.read_ahead(0..map.len());
         for Entry { name, format, shape, bytes } in entries(path, &map)? {
             let stored = Stored { map: self.maps.len(), bytes, format, shape, order: Order::Plain };
@@ -218,11 +218,6 @@ impl Weights {
     }
 }
 
-/// Maps a file.
-fn map_file(path: &Path) -> Result<Arc<Mapped>> {
-    Mapped::open(path).map_err(|error| Error::checkpoint(path, error))
-}
-
 /// What tensors come in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Container {
@@ -232,7 +227,7 @@ pub(crate) enum Container {
 
 /// What a file's header says: its container, its length and its tensors.
 pub(crate) fn read_header(path: &Path) -> Result<(Container, usize, Vec<Entry>)> {
-    let map = map_file(path)?;
+    let map = Mapped::open(path)?;
     let container = if gguf::is_gguf(&map) { Container::Gguf } else { Container::Safetensors };
     Ok((container, map.len(), entries(path, &map)?))
 }

@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use self::names::{Ours, Share, whole};
 use self::tensors::Tensors;
-use super::{Entry, Mapped, Order, Stored, Weights, bytes_at, entries, map_file};
+use super::{Entry, Mapped, Order, Stored, Weights, bytes_at, entries};
 use crate::config::ConfigFile;
 use crate::ops::{Place, Stored as Format};
 use crate::{Error, FamilyKind, PredictionKind, Result};
@@ -136,7 +136,7 @@ impl SingleFile {
     }
 
     fn read(path: &Path) -> Result<Self> {
-        let map = map_file(path)?;
+        let map = Mapped::open(path)?;
         let entry = |Entry { name, format, shape, bytes }: Entry| {
             (name, Stored { map: 0, bytes, format, shape, order: Order::Plain })
         };
