@@ -23,6 +23,12 @@ impl Spread {
             if sorted.len() % 2 == 1 { sorted[middle] } else { f64::midpoint(sorted[middle - 1], sorted[middle]) };
         Some(Self { median, min, max })
     }
+
+    /// For people: the median and, in brackets, how far the samples reach, with so many decimals.
+    pub fn shown(self, decimals: usize) -> String {
+        let Self { median, min, max } = self;
+        format!("{median:.decimals$} ({min:.decimals$}–{max:.decimals$})")
+    }
 }
 
 /// The smallest sample that at least `share` (0 to 1) of all samples do not exceed: the nearest-rank percentile.
@@ -51,6 +57,11 @@ mod tests {
     #[test]
     fn the_median_of_an_even_number_lies_between_the_middle_two() {
         assert_eq!(Spread::of(&[4.0, 1.0, 2.0, 3.0]), Some(Spread { median: 2.5, min: 1.0, max: 4.0 }));
+    }
+
+    #[test]
+    fn a_spread_is_shown_with_how_far_it_reaches() {
+        assert_eq!(Spread { median: 0.5, min: 0.25, max: 2.0 }.shown(2), "0.50 (0.25–2.00)");
     }
 
     #[test]

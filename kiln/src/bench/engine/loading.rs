@@ -188,7 +188,6 @@ impl Loading {
         );
         for way in &self.ways {
             let rate = |timed: &Timed| format!("{:.2}", self.bytes as f64 / timed.seconds.median / 1e9);
-            let share = |Spread { median, min, max }: Spread| format!("{median:.2} ({min:.2}-{max:.2})");
             table.row([
                 way.from.to_owned(),
                 format!("{:.2}", way.load.seconds.median),
@@ -196,15 +195,13 @@ impl Loading {
                 rate(&way.read_one),
                 rate(&way.read_all),
                 rate(&way.kept),
-                share(way.loaded_to_read),
-                share(way.loaded_to_kept),
+                way.loaded_to_read.shown(2),
+                way.loaded_to_kept.shown(2),
             ]);
         }
         table.note("Read: into the same few MiB again and again, nothing done with them. Kept: on all threads, into");
-        table.note(
-            "memory of its own that the system has to clear first, as any loader's. All in turns; medians of the",
-        );
-        table.note("times and of the rounds' ratios.");
+        table.note("memory of its own that the system has to clear first, as any loader's. All take turns: medians");
+        table.note("of the times and of the rounds' ratios.");
         table
     }
 }

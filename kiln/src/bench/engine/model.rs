@@ -7,7 +7,6 @@ use ::engine::{Checkpoint, Device, Precision};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::super::stats::Spread;
 use super::super::table::Table;
 use super::args::{EngineArgs, Part};
 use super::roofline::{Reached, Roof};
@@ -80,13 +79,12 @@ impl Model {
             ["what", "GFLOP", "GB", "s, median (min–max)", "GFLOP/s", "bound", "of the ceiling"],
         );
         for PartTime { name, work, flops, timed, reached } in &self.parts {
-            let Spread { median, min, max } = timed.seconds;
             table.row([
                 (*name).to_owned(),
                 format!("{:.0}", flops / 1e9),
                 format!("{:.1}", work.bytes / 1e9),
-                format!("{median:.3} ({min:.3}–{max:.3})"),
-                format!("{:.0}", flops / median / 1e9),
+                timed.seconds.shown(3),
+                format!("{:.0}", flops / timed.seconds.median / 1e9),
                 reached.bound.as_str().to_owned(),
                 format!("{:.0} %", 100.0 * reached.share),
             ]);

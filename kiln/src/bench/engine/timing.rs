@@ -27,9 +27,8 @@ impl Timed {
 
 /// Runs once to warm up, and then `runs` times. `run` does the work once and says how long that took.
 pub fn sample(runs: u32, mut run: impl FnMut() -> Result<f64>) -> Result<Timed> {
-    run()?;
-    let samples = (0..runs).map(|_| run()).collect::<Result<Vec<_>>>()?;
-    Timed::of(samples).ok_or_else(|| anyhow::anyhow!("nothing was timed"))
+    let [timed] = in_turns(runs, [&mut run])?;
+    Ok(timed)
 }
 
 /// [`sample`] of several works in turns, each time another one first: what changes with time, as a disk's rate does,

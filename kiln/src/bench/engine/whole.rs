@@ -7,7 +7,6 @@ use ::engine::{Checkpoint, Device, Error, Precision};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::super::stats::Spread;
 use super::super::table::Table;
 use super::args::{EngineArgs, Part};
 use super::subject::{Pictures, Subject};
@@ -69,9 +68,8 @@ impl Whole {
             format!("Whole pictures: {width}×{height}, {steps} steps"),
             ["at once", "s, median (min–max)", "pictures/s"],
         );
-        for Line { batch, timed: Timed { seconds: Spread { median, min, max }, .. }, pictures_per_second } in lines {
-            let seconds = format!("{median:.3} ({min:.3}–{max:.3})");
-            table.row([batch.to_string(), seconds, format!("{pictures_per_second:.3}")]);
+        for Line { batch, timed, pictures_per_second } in lines {
+            table.row([batch.to_string(), timed.seconds.shown(3), format!("{pictures_per_second:.3}")]);
         }
         table
             .note("Text, steps and decoding, from the second picture on: what loads on first use is not counted. With");
