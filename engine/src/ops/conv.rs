@@ -75,7 +75,7 @@ impl Conv2d {
             },
             Some(format) => Weight::Host {
                 weight: Panels::pack_weight(format, weight, (outputs, kernel_height * kernel_width), Some)?,
-                bias: bias.map(|bias| bias.values()),
+                bias: bias.map(Parameter::values).transpose()?,
             },
         };
         Ok(Self { weight: packed, shape, kernel, inputs, outputs })

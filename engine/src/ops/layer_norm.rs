@@ -22,7 +22,7 @@ pub(crate) struct LayerNorm {
 impl LayerNorm {
     /// A norm from (channels) weight and bias.
     pub fn new(weight: &Parameter<'_>, bias: &Parameter<'_>, epsilon: f64) -> Result<Self> {
-        let (weight, bias) = (weight.values(), bias.values());
+        let (weight, bias) = (weight.values()?, bias.values()?);
         if weight.len() != bias.len() {
             return Err(misuse(format!("a layer norm of {} weights and {} biases", weight.len(), bias.len())));
         }

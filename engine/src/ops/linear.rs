@@ -63,10 +63,10 @@ enum DeviceWeight {
 impl DeviceWeight {
     fn new(weight: &Parameter<'_>, place: &Place) -> Result<Self> {
         let of_blocks = |values: usize| weight.dims().last().is_some_and(|inputs| inputs.is_multiple_of(values));
-        let Some((quantisation, bytes)) = weight.quantised().filter(|(blocks, _)| of_blocks(blocks.values())) else {
+        let Some(quantisation) = weight.quantised().filter(|blocks| of_blocks(blocks.values())) else {
             return Ok(Self::Dense(weight.on_device(place)?.t()?.contiguous()?));
         };
-        let storage = QStorage::from_data(bytes.into(), place.device(), quantisation.on_device())?;
+        let storage = QStorage::from_data(weight.bytes()?, place.device(), quantisation.on_device())?;
         Ok(Self::Quantised(Box::new(QTensor::new(storage, weight.dims())?)))
     }
 
@@ -109,7 +109,7 @@ impl Linear {
             },
             Some(format) => {
                 let panels = pack(weight, [outputs, inputs], activation, format)?;
-                Weight::Host { panels, bias: bias.map(|bias| bias.values()) }
+                Weight::Host { panels, bias: bias.map(Parameter::values).transpose()? }
             }
         };
         Ok(Self { weight: packed, inputs, outputs, activation })
@@ -222,14 +222,10 @@ fn pack(
     format: Format,
 ) -> Result<Panels> {
     let (columns, order) = panel_order(outputs, activation);
-    let quantised = weight.quantised().filter(|(quantisation, _)| inputs.is_multiple_of(quantisation.values()));
-    if let Some((quantisation, bytes)) = quantised {
-        let blocks = inputs / quantisation.values();
-        let each = blocks * quantisation.bytes();
-        let column = |column| order(column).map(|output| &bytes[output * each..][..each]);
-        return Ok(Panels::pack_quantised(format, quantisation, columns, blocks, column));
+    match weight.quantised().filter(|quantisation| inputs.is_multiple_of(quantisation.values())) {
+        Some(quantisation) => Panels::pack_quantised(format, quantisation, weight, columns, order),
+        None => Panels::pack_weight(format, weight, (columns, 1), order),
     }
-    Panels::pack_weight(format, weight, (columns, 1), order)
 }
 
 /// How many columns are packed, and which output each one is; with a gate, panels of values and of their

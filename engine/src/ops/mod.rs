@@ -49,7 +49,7 @@ pub(crate) use layer_norm::LayerNorm;
 pub(crate) use layout::{channels_first, concat_channels, embed, feature_map, lines, select, stack_lines};
 pub(crate) use linear::{Activation, Linear};
 pub(crate) use norm::{GroupNorm, Seen};
-pub(crate) use parameter::{Parameter, Stored};
+pub(crate) use parameter::{Parameter, Source, Stored};
 pub(crate) use rms_norm::RmsNorm;
 pub(crate) use rotation::Rotation;
 pub(crate) use tensor::{Place, Tensor};

@@ -38,7 +38,7 @@ pub(crate) struct GroupNorm {
 impl GroupNorm {
     /// A norm of `groups` groups from (channels) weight and bias.
     pub fn new(weight: &Parameter<'_>, bias: &Parameter<'_>, groups: usize, epsilon: f64) -> Result<Self> {
-        let (weight, bias) = (weight.values(), bias.values());
+        let (weight, bias) = (weight.values()?, bias.values()?);
         let channels = weight.len();
         if groups == 0 || channels % groups != 0 || bias.len() != channels {
             return Err(misuse(format!("{channels} channels cannot be cut into {groups} groups")));

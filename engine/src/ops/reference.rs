@@ -39,7 +39,7 @@ pub(super) fn tolerance(place: &Place) -> f32 {
 pub(super) fn weight_values(weight: &Parameter<'_>, place: &Place) -> Vec<f32> {
     let rounded = place.on_host() == Some(Format::Bf16);
     let seen = |value: f32| if rounded { bf16::from_f32(value).to_f32() } else { value };
-    weight.values().into_iter().map(seen).collect()
+    weight.values().unwrap().into_iter().map(seen).collect()
 }
 
 /// [`numbers`] as a host tensor.

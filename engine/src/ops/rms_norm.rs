@@ -25,7 +25,7 @@ impl RmsNorm {
         if weight.dims().len() != 1 || weight.dims()[0] == 0 {
             return Err(misuse(format!("a root mean square norm was given a weight of {:?}", weight.dims())));
         }
-        Ok(Self { weight: weight.values(), epsilon })
+        Ok(Self { weight: weight.values()?, epsilon })
     }
 
     /// (rows, …, channels), normalised. Where there are several times as many channels as weights, these are

@@ -86,6 +86,16 @@ pub(super) fn with_scratch<T: Value, R>(len: usize, work: impl FnOnce(&mut [T]) 
     Ok(result)
 }
 
+/// As [`with_scratch`], for `len` bytes.
+pub(super) fn with_bytes<R>(len: usize, work: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
+    with_scratch(len.div_ceil(size_of::<f32>()), |room: &mut [f32]| {
+        // SAFETY: any `f32` is four bytes, and any four bytes are one.
+        #[allow(unsafe_code)]
+        let bytes = unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u8>(), size_of_val(room)) };
+        work(&mut bytes[..len])
+    })
+}
+
 /// Multiply-adds below which another thread costs more than it brings.
 const SMALL: usize = 1 << 20;
 

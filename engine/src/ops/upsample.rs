@@ -60,10 +60,10 @@ impl UpsampleConv {
                 let phase = |line, column| pack_phase(format, weight, (outputs, inputs), (line, column));
                 Weight::Phases {
                     phases: [phase(0, 0)?, phase(0, 1)?, phase(1, 0)?, phase(1, 1)?],
-                    bias: bias.values(),
+                    bias: bias.values()?,
                     plain: Box::new(Plain {
-                        weight: weight.to_owned(),
-                        bias: bias.to_owned(),
+                        weight: weight.to_owned()?,
+                        bias: bias.to_owned()?,
                         place: place.clone(),
                         packed: OnceLock::new(),
                     }),
@@ -136,13 +136,14 @@ fn pack_phase(
     let meets = |phase: usize, tap: usize| usize::from(tap > phase);
     Panels::pack(format, outputs, 4 * pixel, |output, to| {
         let mut values = vec![0.0; inputs * 9];
-        weight.read(output * inputs * 9, &mut values);
+        weight.read(output * inputs * 9, &mut values)?;
         for (input, values) in values.chunks_exact(9).enumerate() {
             for (tap, value) in values.iter().enumerate() {
                 let place = 2 * meets(line, tap / 3) + meets(column, tap % 3);
                 to[place * pixel + input] += value;
             }
         }
+        Ok(())
     })
 }
 
@@ -268,7 +269,8 @@ mod tests {
                 let conv = UpsampleConv::new(&weight, &bias, &place).unwrap();
                 let got = conv.forward(&x, height, width).unwrap();
                 assert_eq!(got.dims(), [dims[0], height, width, outputs]);
-                let expected = plain(&x, &reference::weight_values(&weight, &place), &bias.values(), (height, width));
+                let expected =
+                    plain(&x, &reference::weight_values(&weight, &place), &bias.values().unwrap(), (height, width));
                 reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
             }
         }

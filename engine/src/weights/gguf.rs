@@ -3,11 +3,12 @@
 //!
 //! Reference: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
+use std::io::{BufReader, Read, Seek};
 use std::ops::Range;
 
 use crate::ops::{Quantisation, Stored as Format};
 
-const MAGIC: &[u8] = b"GGUF";
+pub(super) const MAGIC: &[u8] = b"GGUF";
 
 /// Versions that are alike in all that is read here; the first one had shorter counts.
 const VERSIONS: [u32; 2] = [2, 3];
@@ -17,6 +18,9 @@ const ALIGNMENT: usize = 32;
 
 /// No tensor has more.
 const MOST_DIMENSIONS: u32 = 8;
+
+/// The format's own limit for keys; names of tensors are shorter.
+const LONGEST_NAME: u64 = 65_535;
 
 /// Arrays of arrays of arrays: a file that goes deeper means harm.
 const DEEPEST: usize = 4;
@@ -32,14 +36,11 @@ pub(crate) struct Entry {
     pub bytes: Range<usize>,
 }
 
-/// Whether a file that starts so is one of these.
-pub(super) fn is_gguf(file: &[u8]) -> bool {
-    file.starts_with(MAGIC)
-}
-
-/// The tensors of a file, or what is wrong with it.
-pub(super) fn read(file: &[u8]) -> Result<Vec<Entry>, String> {
-    let mut reader = Reader { file, at: MAGIC.len() };
+/// The tensors of a file of `len` bytes, or what is wrong with it.
+pub(super) fn read(file: impl Read + Seek, len: usize) -> Result<Vec<Entry>, String> {
+    let mut reader = Reader { file: BufReader::new(file), len: len as u64, at: 0 };
+    reader.file.rewind().map_err(unreadable)?;
+    reader.skip_bytes(MAGIC.len() as u64)?;
     let version = reader.u32()?;
     if !VERSIONS.contains(&version) {
         return Err(format!("is GGUF of version {version}, but only versions 2 and 3 can be read"));
@@ -47,7 +48,7 @@ pub(super) fn read(file: &[u8]) -> Result<Vec<Entry>, String> {
     let (tensors, pairs) = (reader.u64()?, reader.u64()?);
     let mut alignment = ALIGNMENT;
     for _ in 0..pairs {
-        let (key, kind) = (reader.string()?, reader.u32()?);
+        let (key, kind) = (reader.name()?, reader.u32()?);
         if key == "general.alignment" && kind == 4 {
             alignment = reader.u32()? as usize;
             if alignment == 0 || !alignment.is_multiple_of(8) {
@@ -62,9 +63,9 @@ pub(super) fn read(file: &[u8]) -> Result<Vec<Entry>, String> {
     for _ in 0..tensors {
         entries.push(reader.entry()?);
     }
-    let start = reader.at.next_multiple_of(alignment);
+    let start = (reader.at as usize).next_multiple_of(alignment);
     for entry in &mut entries {
-        entry.place(start, alignment, file.len())?;
+        entry.place(start, alignment, len)?;
     }
     Ok(entries)
 }
@@ -85,25 +86,40 @@ impl Entry {
     }
 }
 
-/// A place in a file that may end anywhere.
-struct Reader<'a> {
-    file: &'a [u8],
-    at: usize,
+fn unreadable(error: std::io::Error) -> String {
+    format!("is not complete: its header cannot be read: {error}")
 }
 
-impl<'a> Reader<'a> {
-    fn take(&mut self, count: u64) -> Result<&'a [u8], String> {
-        let end = usize::try_from(count).ok().and_then(|count| self.at.checked_add(count));
-        let bytes = end.and_then(|end| self.file.get(self.at..end));
-        let bytes = bytes
-            .ok_or_else(|| format!("is not complete: its header ends behind the file's {} bytes", self.file.len()))?;
-        self.at += bytes.len();
-        Ok(bytes)
+/// A place in a file that may end anywhere.
+struct Reader<F: Read + Seek> {
+    file: BufReader<F>,
+    len: u64,
+    at: u64,
+}
+
+impl<F: Read + Seek> Reader<F> {
+    /// Goes on by `count` bytes, if there are as many.
+    fn pass(&mut self, count: u64) -> Result<(), String> {
+        let end = self.at.checked_add(count).filter(|end| *end <= self.len);
+        self.at =
+            end.ok_or_else(|| format!("is not complete: its header ends behind the file's {} bytes", self.len))?;
+        Ok(())
+    }
+
+    fn fill(&mut self, to: &mut [u8]) -> Result<(), String> {
+        self.file.read_exact(to).map_err(unreadable)
+    }
+
+    fn skip_bytes(&mut self, count: u64) -> Result<(), String> {
+        self.pass(count)?;
+        let offset = i64::try_from(count).map_err(|error| error.to_string())?;
+        self.file.seek_relative(offset).map_err(unreadable)
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
         let mut bytes = [0; N];
-        bytes.copy_from_slice(self.take(N as u64)?);
+        self.pass(N as u64)?;
+        self.fill(&mut bytes)?;
         Ok(bytes)
     }
 
@@ -115,24 +131,32 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    fn string(&mut self) -> Result<&'a str, String> {
+    /// A key or a tensor's name.
+    fn name(&mut self) -> Result<String, String> {
         let len = self.u64()?;
-        std::str::from_utf8(self.take(len)?).map_err(|_| "has a name that is not UTF-8".to_owned())
+        self.pass(len)?;
+        if len > LONGEST_NAME {
+            return Err(format!("has a name of {len} bytes, but at most {LONGEST_NAME} are allowed"));
+        }
+        let mut bytes = vec![0; len as usize];
+        self.fill(&mut bytes)?;
+        String::from_utf8(bytes).map_err(|_| "has a name that is not UTF-8".to_owned())
     }
 
     /// Passes over a value of the metadata.
     fn skip(&mut self, kind: u32, depth: usize) -> Result<(), String> {
         match (kind, size_of_kind(kind)) {
             (_, Some(size)) => {
-                self.take(size)?;
+                self.skip_bytes(size)?;
             }
             (8, None) => {
-                self.string()?;
+                let len = self.u64()?;
+                self.skip_bytes(len)?;
             }
             (9, None) if depth < DEEPEST => {
                 let (kind, len) = (self.u32()?, self.u64()?);
                 if let Some(size) = size_of_kind(kind) {
-                    self.take(len.saturating_mul(size))?;
+                    self.skip_bytes(len.saturating_mul(size))?;
                 } else {
                     (0..len).try_for_each(|_| self.skip(kind, depth + 1))?;
                 }
@@ -144,7 +168,7 @@ impl<'a> Reader<'a> {
 
     /// A tensor's name, shape, format and place, its bytes counted from the start of the data.
     fn entry(&mut self) -> Result<Entry, String> {
-        let name = self.string()?.to_owned();
+        let name = self.name()?;
         let dimensions = self.u32()?;
         if dimensions > MOST_DIMENSIONS {
             return Err(format!(
@@ -207,6 +231,8 @@ fn format_of(number: u32) -> Result<Format, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Cursor;
+
     use super::*;
 
     fn string(text: &str) -> Vec<u8> {
@@ -238,7 +264,7 @@ mod tests {
     }
 
     fn refusal(file: &[u8]) -> String {
-        read(file).err().unwrap()
+        read(Cursor::new(file), file.len()).err().unwrap()
     }
 
     #[test]
@@ -260,7 +286,7 @@ mod tests {
             [("a", &[256, 3], 12, 0), ("b", &[5], 0, 448), ("scalar", &[], 30, 512)];
         let file = with_data(header(&pairs, &tensors), 64, 514);
         let start = file.len() - 514;
-        let entries = read(&file).unwrap();
+        let entries = read(Cursor::new(&file), file.len()).unwrap();
         let found: Vec<_> =
             entries.iter().map(|entry| (entry.name.as_str(), entry.shape.clone(), entry.bytes.clone())).collect();
         assert_eq!(found[0], ("a", vec![3, 256], start..start + 3 * 144));
@@ -273,7 +299,7 @@ mod tests {
     fn a_file_cut_anywhere_is_refused() {
         let pairs = [("words", 9, [&8u32.to_le_bytes()[..], &1u64.to_le_bytes(), &string("abc")].concat())];
         let file = with_data(header(&pairs, &[("a", &[32, 2], 8, 0)]), 32, 68);
-        assert!(is_gguf(&file) && read(&file).is_ok());
+        assert!(read(Cursor::new(&file), file.len()).is_ok());
         for len in MAGIC.len()..file.len() {
             assert!(refusal(&file[..len]).starts_with("is not complete"), "{len} bytes");
         }
@@ -313,6 +339,8 @@ mod tests {
         let alignment = header(&[("general.alignment", 4, vec![0; 4])], &[]);
         assert!(refusal(&alignment).contains("multiple of 8, but is 0"));
         assert!(refusal(&header(&[("odd", 13, vec![])], &[])).contains("kind 13"));
+        let long = "a".repeat(65_536);
+        assert!(refusal(&header(&[(&long, 7, vec![1])], &[])).contains("a name of 65536 bytes, but at most 65535"));
         let nested: Vec<u8> = (0..9).flat_map(|_| [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat()).collect();
         assert!(refusal(&header(&[("deep", 9, nested)], &[])).contains("nested too deeply"));
     }
@@ -320,7 +348,8 @@ mod tests {
     #[test]
     fn a_format_that_cannot_be_read_has_its_word() {
         let file = with_data(header(&[], &[("a", &[256], 10, 0), ("b", &[256], 23, 0)]), 32, 0);
-        let words: Vec<_> = read(&file).unwrap().into_iter().map(|entry| entry.format.unwrap_err()).collect();
+        let words: Vec<_> =
+            read(Cursor::new(&file), file.len()).unwrap().into_iter().map(|entry| entry.format.unwrap_err()).collect();
         assert_eq!(words, ["Q2_K", "number 23 of GGML"]);
     }
 }

@@ -13,7 +13,7 @@ impl Scope<'_> {
     /// A linear layer with bias, followed by `activation`.
     pub fn linear_then(&self, inputs: usize, outputs: usize, activation: Activation) -> Result<Linear> {
         let (weight, bias) = (self.parameter("weight", &[outputs, inputs])?, self.parameter("bias", &[outputs])?);
-        self.done(Linear::with_activation(&weight, Some(&bias), activation, &self.weights.place))
+        Linear::with_activation(&weight, Some(&bias), activation, &self.weights.place)
     }
 
     /// A linear layer without bias.
@@ -24,7 +24,7 @@ impl Scope<'_> {
     /// A linear layer without bias, followed by `activation`.
     pub fn linear_without_bias_then(&self, inputs: usize, outputs: usize, activation: Activation) -> Result<Linear> {
         let weight = self.parameter("weight", &[outputs, inputs])?;
-        self.done(Linear::with_activation(&weight, None, activation, &self.weights.place))
+        Linear::with_activation(&weight, None, activation, &self.weights.place)
     }
 
     /// A linear layer with bias, stored as the convolution that takes one square of `patch` × `patch` places after the
@@ -32,19 +32,19 @@ impl Scope<'_> {
     pub fn patch_linear(&self, inputs: usize, outputs: usize, patch: usize) -> Result<Linear> {
         let weight = self.parameter("weight", &[outputs, inputs, patch, patch])?;
         let weight = weight.reshaped(&[outputs, inputs * patch * patch]);
-        self.done(Linear::new(&weight, Some(&self.parameter("bias", &[outputs])?), &self.weights.place))
+        Linear::new(&weight, Some(&self.parameter("bias", &[outputs])?), &self.weights.place)
     }
 
     /// A convolution with a square `kernel` and bias.
     pub fn conv2d(&self, inputs: usize, outputs: usize, kernel: usize, shape: ConvShape) -> Result<Conv2d> {
         let weight = self.parameter("weight", &[outputs, inputs, kernel, kernel])?;
-        self.done(Conv2d::new(&weight, Some(&self.parameter("bias", &[outputs])?), shape, &self.weights.place))
+        Conv2d::new(&weight, Some(&self.parameter("bias", &[outputs])?), shape, &self.weights.place)
     }
 
     /// A 3×3 convolution with bias of an enlarged map.
     pub fn upsample_conv(&self, inputs: usize, outputs: usize) -> Result<UpsampleConv> {
         let weight = self.parameter("weight", &[outputs, inputs, 3, 3])?;
-        self.done(UpsampleConv::new(&weight, &self.parameter("bias", &[outputs])?, &self.weights.place))
+        UpsampleConv::new(&weight, &self.parameter("bias", &[outputs])?, &self.weights.place)
     }
 
     /// A group norm.
@@ -67,11 +67,5 @@ impl Scope<'_> {
     /// A root mean square norm.
     pub fn rms_norm(&self, channels: usize, epsilon: f64) -> Result<RmsNorm> {
         RmsNorm::new(&self.parameter("weight", &[channels])?, epsilon)
-    }
-
-    /// The layer, after its weight's pages have been let go.
-    fn done<L>(&self, layer: Result<L>) -> Result<L> {
-        self.weights.release(&self.name("weight"));
-        layer
     }
 }

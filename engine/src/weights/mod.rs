@@ -1,10 +1,10 @@
-//! Tensors from safetensors and GGUF files, mapped and read one at a time, so that a model never lies in memory
+//! Tensors from safetensors and GGUF files, read one at a time, so that a model never lies in memory
 //! twice. Whatever a part lacks, has too much of or has in another shape is named in one error.
 
+mod file;
 mod files;
 mod gguf;
 mod layers;
-mod mapped;
 mod origin;
 mod original;
 mod part;
@@ -16,12 +16,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 
+use self::file::WeightFile;
 pub(crate) use self::files::find;
 pub(crate) use self::gguf::Entry;
-use self::mapped::Mapped;
 pub(crate) use self::origin::Origin;
 pub(crate) use self::original::SingleFile;
 pub(crate) use self::part::Part;
@@ -34,7 +34,7 @@ const NAMES_SHOWN: usize = 8;
 /// The tensors of one part of a checkpoint (its text encoder, denoiser or VAE).
 pub(crate) struct Weights {
     folder: PathBuf,
-    maps: Vec<Arc<Mapped>>,
+    files: Vec<Arc<WeightFile>>,
     stored: HashMap<String, Stored>,
     place: Place,
     seen: RefCell<Seen>,
@@ -43,7 +43,8 @@ pub(crate) struct Weights {
 /// A tensor in a file.
 #[derive(Clone)]
 struct Stored {
-    map: usize,
+    /// Which of the part's files.
+    file: usize,
     bytes: Range<usize>,
     /// Its format, or the word for one that cannot be read.
     format: Result<Format, String>,
@@ -73,7 +74,7 @@ struct Seen {
 }
 
 impl Weights {
-    /// Maps the part's files: `stem.safetensors`, a sharded index, a variant of them, or one GGUF file, whose
+    /// Opens the part's files: `stem.safetensors`, a sharded index, a variant of them, or one GGUF file, whose
     /// tensors may be named as their makers did. Layers built from it live at `place`.
     pub fn open(folder: &Path, stem: &str, place: &Place) -> Result<Self> {
         let paths = find(folder, stem)?;
@@ -85,7 +86,7 @@ impl Weights {
         }
         let mut weights = Self {
             folder: folder.to_owned(),
-            maps: Vec::new(),
+            files: Vec::new(),
             stored: HashMap::new(),
             place: place.clone(),
             seen: RefCell::default(),
@@ -98,23 +99,23 @@ impl Weights {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Error::checkpoint(path, problem);
-        let map = Mapped::open(path)?;
-        map.read_ahead(0..map.len());
-        for Entry { name, format, shape, bytes } in entries(path, &map)? {
-            let stored = Stored { map: self.maps.len(), bytes, format, shape, order: Order::Plain };
+        let file = WeightFile::open(path)?;
+        file.read_ahead(0..file.len());
+        for Entry { name, format, shape, bytes } in entries(&file)? {
+            let stored = Stored { file: self.files.len(), bytes, format, shape, order: Order::Plain };
             if let Some(twice) = self.stored.insert(name.clone(), stored) {
                 let other =
-                    if twice.map == self.maps.len() { "there twice" } else { "also in another file of this part" };
+                    if twice.file == self.files.len() { "there twice" } else { "also in another file of this part" };
                 return Err(refuse(format!("tensor `{name}` is {other}")));
             }
         }
-        self.maps.push(map);
+        self.files.push(file);
         Ok(())
     }
 
-    /// The tensors of a part within a mapped file, under our names.
-    fn of(path: PathBuf, map: Arc<Mapped>, stored: HashMap<String, Stored>, place: &Place) -> Self {
-        Self { folder: path, maps: vec![map], stored, place: place.clone(), seen: RefCell::default() }
+    /// The tensors of a part within a file, under our names.
+    fn of(path: PathBuf, file: Arc<WeightFile>, stored: HashMap<String, Stored>, place: &Place) -> Self {
+        Self { folder: path, files: vec![file], stored, place: place.clone(), seen: RefCell::default() }
     }
 
     /// The scope without a prefix.
@@ -178,7 +179,7 @@ impl Weights {
             }
         }
         // Do not spend more memory on a stand-in than the files are large.
-        let total: usize = self.maps.iter().map(|map| map.len()).sum();
+        let total: usize = self.files.iter().map(|file| file.len()).sum();
         let values = shape.iter().product::<usize>();
         if values > total {
             return Err(self.problems(&seen, &[]).unwrap_or_else(|| Error::checkpoint(&self.folder, name)));
@@ -187,15 +188,17 @@ impl Weights {
     }
 
     fn parameter(&self, name: &str, stored: &Stored, shape: &[usize]) -> Result<Parameter<'_>> {
-        let bytes = &self.maps[stored.map][stored.bytes.clone()];
+        let (file, range) = (&*self.files[stored.file], stored.bytes.clone());
         match (&stored.format, stored.order) {
-            (Ok(format), Order::Plain) => Ok(Parameter::new(bytes, *format, shape)),
+            (Ok(format), Order::Plain) => Ok(Parameter::within(file, range, *format, shape)),
             (Ok(format), Order::HalvesSwapped) => {
-                let (first, second) = bytes.split_at(bytes.len() / 2);
-                Ok(Parameter::new([second, first].concat(), *format, shape))
+                let mut bytes = file.bytes(range)?;
+                let half = bytes.len() / 2;
+                bytes.rotate_left(half);
+                Ok(Parameter::new(bytes, *format, shape))
             }
             (Ok(format), Order::Transposed) => {
-                Ok(Parameter::new(transposed(bytes, format.block().1, shape), *format, shape))
+                Ok(Parameter::new(transposed(&file.bytes(range)?, format.block().1, shape), *format, shape))
             }
             (Ok(_), Order::Identity) => {
                 let side = shape[0];
@@ -209,13 +212,6 @@ impl Weights {
             }
         }
     }
-
-    /// Tells the system that a tensor has been read.
-    fn release(&self, name: &str) {
-        if let Some(stored) = self.stored.get(name) {
-            self.maps[stored.map].release(stored.bytes.clone());
-        }
-    }
 }
 
 /// What tensors come in.
@@ -227,15 +223,23 @@ pub(crate) enum Container {
 
 /// What a file's header says: its container, its length and its tensors.
 pub(crate) fn read_header(path: &Path) -> Result<(Container, usize, Vec<Entry>)> {
-    let map = Mapped::open(path)?;
-    let container = if gguf::is_gguf(&map) { Container::Gguf } else { Container::Safetensors };
-    Ok((container, map.len(), entries(path, &map)?))
+    let file = WeightFile::open(path)?;
+    Ok((container(&file)?, file.len(), entries(&file)?))
 }
 
-/// The tensors of a mapped file, whichever container it is.
-fn entries(path: &Path, map: &[u8]) -> Result<Vec<Entry>> {
-    let entries = if gguf::is_gguf(map) { gguf::read(map) } else { read_safetensors(map) };
-    entries.map_err(|problem| Error::checkpoint(path, problem))
+fn container(file: &WeightFile) -> Result<Container> {
+    let start = file.bytes(0..file.len().min(gguf::MAGIC.len()))?;
+    Ok(if start == gguf::MAGIC { Container::Gguf } else { Container::Safetensors })
+}
+
+/// The tensors of a file, whichever container it is.
+fn entries(file: &WeightFile) -> Result<Vec<Entry>> {
+    match container(file)? {
+        Container::Gguf => {
+            gguf::read(file.stream(), file.len()).map_err(|problem| Error::checkpoint(file.path(), problem))
+        }
+        Container::Safetensors => read_safetensors(file),
+    }
 }
 
 /// About how many bytes a tensor takes at `place`: on the processor, matrices stay in the blocks that they come in.
@@ -259,22 +263,42 @@ fn transposed(bytes: &[u8], each: usize, shape: &[usize]) -> Vec<u8> {
     values
 }
 
-/// The tensors of a safetensors file, or what is wrong with it.
-fn read_safetensors(file: &[u8]) -> Result<Vec<Entry>, String> {
-    let tensors =
-        SafeTensors::deserialize(file).map_err(|error| format!("is not a complete safetensors file: {error}"))?;
-    let entry = |(name, view): (&str, TensorView<'_>)| {
-        let start = view.data().as_ptr().addr() - file.as_ptr().addr();
-        let format = match view.dtype() {
+/// The tensors of a safetensors file: the length of its header, the header, then the tensors' bytes up to its end.
+fn read_safetensors(file: &WeightFile) -> Result<Vec<Entry>> {
+    /// The longest header that the format's own library reads.
+    const LONGEST: usize = 100_000_000;
+    const COUNT: usize = size_of::<u64>();
+    let len = file.len();
+    let refuse = |problem: String| {
+        Error::checkpoint(file.path(), format!("is not a complete safetensors file of {len} bytes: {problem}"))
+    };
+    let Ok(count) = <[u8; COUNT]>::try_from(file.bytes(0..COUNT.min(len))?) else {
+        return Err(refuse("it has no header".to_owned()));
+    };
+    let count = usize::try_from(u64::from_le_bytes(count)).unwrap_or(usize::MAX);
+    let most = LONGEST.min(len - COUNT);
+    if count > most {
+        return Err(refuse(format!("its header must have at most {most}, but has {count}")));
+    }
+    let start = COUNT + count;
+    let header: Metadata =
+        serde_json::from_slice(&file.bytes(COUNT..start)?).map_err(|error| refuse(format!("its header: {error}")))?;
+    let end = start.saturating_add(header.data_len());
+    if end != len {
+        return Err(refuse(format!("its tensors end at {end}")));
+    }
+    let entry = |(name, tensor): (String, &TensorInfo)| {
+        let (first, last) = tensor.data_offsets;
+        let format = match tensor.dtype {
             Dtype::F64 => Ok(Format::F64),
             Dtype::F32 => Ok(Format::F32),
             Dtype::F16 => Ok(Format::F16),
             Dtype::BF16 => Ok(Format::Bf16),
             other => Err(format!("{other:?}")),
         };
-        Entry { name: name.to_owned(), format, shape: view.shape().to_vec(), bytes: start..start + view.data().len() }
+        Entry { name, format, shape: tensor.shape.clone(), bytes: start + first..start + last }
     };
-    Ok(tensors.iter().map(entry).collect())
+    Ok(header.tensors().into_iter().map(entry).collect())
 }
 
 /// A shape without the ones at its end: a 1×1 convolution has the weights of a linear layer.
@@ -309,16 +333,12 @@ impl Scope<'_> {
 
     /// A tensor where the part's layers live.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = self.parameter(name, shape)?.tensor(&self.weights.place)?;
-        self.weights.release(&self.name(name));
-        Ok(tensor)
+        self.parameter(name, shape)?.tensor(&self.weights.place)
     }
 
     /// A tensor's values on the host.
     pub fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let values = self.parameter(name, shape)?.values();
-        self.weights.release(&self.name(name));
-        Ok(values)
+        self.parameter(name, shape)?.values()
     }
 
     fn name(&self, step: &str) -> String {
@@ -419,6 +439,22 @@ mod tests {
             assert_eq!(value, expected[output * 64 + 5] + bias);
         }
         weights.finish(|_| false).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_cut_short_while_it_is_read_is_named() {
+        let (folder, weights) = part(&[("a.weight", ones(&[64, 64])), ("a.bias", ones(&[64])), ("b", ones(&[64]))]);
+        let file = std::fs::File::options().write(true).open(folder.path().join("model.safetensors")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 1000).unwrap();
+        let errors = [
+            weights.root().at("a").linear(64, 64).err(),
+            weights.root().tensor("b", &[64]).err(),
+            weights.root().values("b", &[64]).err(),
+        ];
+        for error in errors {
+            let error = error.unwrap().to_string();
+            assert!(error.contains("model.safetensors: bytes ") && error.contains(" cannot be read: "), "{error}");
+        }
     }
 
     #[test]

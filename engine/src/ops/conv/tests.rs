@@ -46,7 +46,7 @@ fn a_convolution_over_odd_shapes_equals_the_definition() {
             let conv = Conv2d::new(&weight, Some(&bias), shape, &place).unwrap();
             let got = conv.forward(&x).unwrap();
             let seen = reference::weight_values(&weight, &place);
-            let (result, expected) = reference::convolution(&x, (&seen, dims), &bias.values(), shape);
+            let (result, expected) = reference::convolution(&x, (&seen, dims), &bias.values().unwrap(), shape);
             assert_eq!(got.dims(), result);
             reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
         }
@@ -67,7 +67,7 @@ fn what_is_added_arrives_at_every_pixel() {
             let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([channels], 3));
             let conv = Conv2d::new(&weight, Some(&bias), shape, &place).unwrap();
             let seen = reference::weight_values(&weight, &place);
-            let (result, base) = reference::convolution(&x, (&seen, weight_dims), &bias.values(), shape);
+            let (result, base) = reference::convolution(&x, (&seen, weight_dims), &bias.values().unwrap(), shape);
             let [rows, height, width, _] = result[..] else { panic!("a map's dimensions") };
             let (per_row, residual) =
                 (tensor_at([rows, channels], 4, &place), tensor_at([rows, height, width, channels], 5, &place));
@@ -99,14 +99,15 @@ fn a_pending_norm_that_is_read_gives_what_the_norm_and_then_the_convolution_give
             let (weight, bias) = (parameter(weight_dims, 3), parameter([outputs], 4));
             let conv = Conv2d::new(&weight, Some(&bias), shape, &place).unwrap();
             let x = tensor_at(dims, 5, &place);
-            let normal = reference::group_norm(&x, &scale.values(), &shift.values(), groups, 1e-5);
+            let normal = reference::group_norm(&x, &scale.values().unwrap(), &shift.values().unwrap(), groups, 1e-5);
             let silu: Vec<f32> = normal.iter().map(|value| reference::silu(f64::from(*value)) as f32).collect();
             let seen = reference::weight_values(&weight, &place);
             for (pending, expected) in [(norm.forward(&x).unwrap(), normal), (norm.forward_silu(&x).unwrap(), silu)] {
                 let got = conv.forward(&pending).unwrap();
                 reference::assert_same(&got, &conv.forward(&pending.resolved().unwrap()).unwrap());
                 let expected = Tensor::new(&expected, &dims, &Place::host()).unwrap();
-                let (_, expected) = reference::convolution(&expected, (&seen, weight_dims), &bias.values(), shape);
+                let (_, expected) =
+                    reference::convolution(&expected, (&seen, weight_dims), &bias.values().unwrap(), shape);
                 reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
             }
         }

@@ -26,15 +26,14 @@ impl Plain {
     /// The vector of the first numbers in `bytes`, with zeros behind the last one.
     #[inline(always)]
     pub(super) fn load_first<S: Simd>(self, simd: S, bytes: &[u8]) -> S::F32 {
+        if bytes.len() >= S::LANES * self.bytes() {
+            // SAFETY: there are a vector's numbers.
+            return unsafe { self.load(simd, bytes.as_ptr()) };
+        }
         let mut last = [0u8; 16 * 4];
-        let from = if bytes.len() >= S::LANES * self.bytes() {
-            bytes.as_ptr()
-        } else {
-            last[..bytes.len()].copy_from_slice(bytes);
-            last.as_ptr()
-        };
-        // SAFETY: there are a vector's numbers, or `last` has room for the widest one's.
-        unsafe { self.load(simd, from) }
+        last[..bytes.len()].copy_from_slice(bytes);
+        // SAFETY: there is room for the widest vector's numbers.
+        unsafe { self.load(simd, last.as_ptr()) }
     }
 
     /// A vector of numbers.

@@ -34,18 +34,22 @@ enum Values {
 }
 
 impl Panels {
-    /// Packs `outputs` columns of `blocks` quantised blocks each for products of `format`; `of(column)` is
-    /// a column's bytes, `None` for zeros.
-    pub fn pack_quantised<'a>(
+    /// Packs a checkpoint's weight (outputs, inputs), stored in blocks of `quantisation` along its inputs, for
+    /// products of `format`. There are so many `columns`; `order` says which output each of them is, `None` for
+    /// zeros.
+    pub fn pack_quantised(
         format: Format,
         quantisation: Quantisation,
-        outputs: usize,
-        blocks: usize,
-        of: impl Fn(usize) -> Option<&'a [u8]> + Send + Sync,
-    ) -> Self {
-        let quantised = Quantised::pack(quantisation, outputs, blocks, of);
+        weight: &Parameter<'_>,
+        columns: usize,
+        order: impl Fn(usize) -> Option<usize> + Send + Sync,
+    ) -> Result<Self> {
+        let inputs = weight.dims().last().copied().unwrap_or(0);
+        let quantised = Quantised::pack(quantisation, inputs, columns, |panel, pack| {
+            weight.with_rows(outputs_of(panel, columns, &order), inputs, pack)
+        })?;
         let inner = quantised.inner();
-        Self { values: Values::Quantised(quantised, format), inner, outputs }
+        Ok(Self { values: Values::Quantised(quantised, format), inner, outputs: columns })
     }
 
     /// Packs a checkpoint's weight (outputs, inputs, `taps`) with its inner positions as windows have them: taps,
@@ -60,18 +64,14 @@ impl Panels {
         let outputs = weight.dims().first().copied().unwrap_or(1).max(1);
         let of_output = weight.dims().iter().product::<usize>() / outputs;
         let shape = Shape { columns, inputs: of_output / taps, taps };
-        let column = |column| match order(column) {
-            None => Column::Zeros,
-            Some(output) => match weight.plain(output * of_output, of_output) {
-                Some((bytes, format)) => Column::Stored(bytes, format),
-                None => {
-                    let mut values = vec![0.0; of_output];
-                    weight.read(output * of_output, &mut values);
-                    Column::Made(values)
-                }
-            },
+        let Some(plain) = weight.plain() else {
+            return Self::pack_made(format, shape, order, |output, to| weight.read(output * of_output, to));
         };
-        Self::pack_columns(format, shape, column)
+        Self::pack_columns(format, shape, |panel, pack| {
+            weight.with_rows(outputs_of(panel, columns, &order), of_output, |rows| {
+                pack(&rows.map(|row| row.map_or(Column::Zeros, |bytes| Column::Stored(bytes, plain))))
+            })
+        })
     }
 
     /// Packs `outputs` columns of `inner` positions; `fill(output, column)` writes one column, whose
@@ -80,19 +80,34 @@ impl Panels {
         format: Format,
         outputs: usize,
         inner: usize,
-        fill: impl Fn(usize, &mut [f32]) + Send + Sync,
+        fill: impl Fn(usize, &mut [f32]) -> Result<()> + Send + Sync,
     ) -> Result<Self> {
-        Self::pack_columns(format, Shape { columns: outputs, inputs: inner, taps: 1 }, |column| {
-            let mut values = vec![0.0; inner];
-            fill(column, &mut values);
-            Column::Made(values)
+        Self::pack_made(format, Shape { columns: outputs, inputs: inner, taps: 1 }, Some, fill)
+    }
+
+    fn pack_made(
+        format: Format,
+        shape: Shape,
+        order: impl Fn(usize) -> Option<usize> + Send + Sync,
+        fill: impl Fn(usize, &mut [f32]) -> Result<()> + Send + Sync,
+    ) -> Result<Self> {
+        Self::pack_columns(format, shape, |panel, pack| {
+            let mut columns = [const { Column::Zeros }; PANEL];
+            for (column, output) in columns.iter_mut().zip(outputs_of(panel, shape.columns, &order)) {
+                let Some(output) = output else { continue };
+                let mut values = vec![0.0; shape.inputs * shape.taps];
+                fill(output, &mut values)?;
+                *column = Column::Made(values);
+            }
+            pack(&columns)
         })
     }
 
-    fn pack_columns<'a>(
+    /// Packs panel after panel; `lend(panel, pack)` calls `pack` with the panel's columns.
+    fn pack_columns(
         format: Format,
         shape: Shape,
-        column: impl Fn(usize) -> Column<'a> + Send + Sync,
+        lend: impl Fn(usize, &mut dyn FnMut(&[Column<'_>; PANEL]) -> Result<()>) -> Result<()> + Send + Sync,
     ) -> Result<Self> {
         let inputs = match format {
             Format::F32 => shape.inputs.next_multiple_of(f32::DEPTH),
@@ -101,8 +116,8 @@ impl Panels {
         let inner = shape.taps * inputs;
         let mut values = Buffer::new(format, shape.columns.div_ceil(PANEL) * inner * PANEL)?;
         match format {
-            Format::F32 => pack_panels::<f32>(values.values_mut(), inner, shape, column),
-            Format::Bf16 => pack_panels::<bf16>(values.values_mut(), inner, shape, column),
+            Format::F32 => pack_panels::<f32>(values.values_mut(), inner, shape, lend),
+            Format::Bf16 => pack_panels::<bf16>(values.values_mut(), inner, shape, lend),
         }?;
         Ok(Self { values: Values::Packed(values), inner, outputs: shape.columns })
     }
@@ -144,32 +159,33 @@ impl Panels {
     }
 }
 
-fn pack_panels<'a, E: Element>(
+fn pack_panels<E: Element>(
     to: &mut [E],
     inner: usize,
     shape: Shape,
-    column: impl Fn(usize) -> Column<'a> + Send + Sync,
+    lend: impl Fn(usize, &mut dyn FnMut(&[Column<'_>; PANEL]) -> Result<()>) -> Result<()> + Send + Sync,
 ) -> Result<()> {
     let panels = to.par_chunks_mut((inner * PANEL).max(1));
-    panels.enumerate().try_for_each(|(panel, to)| {
-        let columns: [Column<'a>; PANEL] = std::array::from_fn(|lane| match panel * PANEL + lane {
-            place if place < shape.columns => column(place),
-            _ => Column::Zeros,
-        });
-        pack_panel(shape, &columns, to)
-    })
+    panels.enumerate().try_for_each(|(panel, to)| lend(panel, &mut |columns| pack_panel(shape, columns, to)))
+}
+
+/// The outputs of a panel's columns, of which there are so many in all.
+fn outputs_of(panel: usize, columns: usize, order: impl Fn(usize) -> Option<usize>) -> [Option<usize>; PANEL] {
+    std::array::from_fn(|lane| Some(panel * PANEL + lane).filter(|column| *column < columns).and_then(&order))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ops::parameter::Stored;
+    use crate::ops::parameter::tests::behind;
 
     #[test]
     fn a_panel_holds_its_outputs_side_by_side_and_pairs_of_positions() {
         let (outputs, inner) = (18, 3);
         let fill = |output: usize, column: &mut [f32]| {
             (0..inner).for_each(|at| column[at] = (output * 10 + at) as f32);
+            Ok(())
         };
         let single = Panels::pack(Format::F32, outputs, inner, fill).unwrap();
         assert_eq!(single.values::<f32>()[..2], [0.0, 10.0]);
@@ -200,7 +216,10 @@ mod tests {
                     &dims,
                 ),
             ];
-            for (weight, format) in weights.iter().flat_map(|weight| [(weight, Format::F32), (weight, Format::Bf16)]) {
+            let file = behind(3, &halves(|value| bf16::from_f32(value).to_le_bytes()));
+            let in_file = Parameter::within(&file, 3..file.0.len(), Stored::Bf16, &dims);
+            let weights = weights.iter().chain([&in_file]);
+            for (weight, format) in weights.flat_map(|weight| [(weight, Format::F32), (weight, Format::Bf16)]) {
                 let order = |column: usize| column.checked_sub(1);
                 let panels = Panels::pack_weight(format, weight, (outputs + 1, taps), order).unwrap();
                 let (depth, got): (usize, Vec<f32>) = match format {
@@ -222,5 +241,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_weight_whose_file_ends_too_early_is_an_error() {
+        let file = behind(0, &[0; 2 * 64 * 32 - 1]);
+        let weight = Parameter::within(&file, 0..2 * 64 * 32, Stored::F16, &[64, 32]);
+        assert!(Panels::pack_weight(Format::Bf16, &weight, (64, 1), Some).is_err());
+        let blocks = Parameter::within(&file, 0..64 * 34, Stored::Quantised(Quantisation::Q8_0), &[64, 32]);
+        assert!(Panels::pack_quantised(Format::F32, Quantisation::Q8_0, &blocks, 64, Some).is_ok());
+        let blocks = Parameter::within(&file, 2000..2000 + 64 * 34, Stored::Quantised(Quantisation::Q8_0), &[64, 32]);
+        assert!(Panels::pack_quantised(Format::F32, Quantisation::Q8_0, &blocks, 64, Some).is_err());
     }
 }

@@ -12,6 +12,7 @@ use super::element::Element;
 use super::isa::Kernel;
 use super::panels::PANEL;
 use super::simd::Simd;
+use crate::Result;
 
 /// Quantised weights (outputs, inner).
 pub(super) struct Quantised {
@@ -23,26 +24,27 @@ pub(super) struct Quantised {
 }
 
 impl Quantised {
-    /// Packs `outputs` columns of `blocks` blocks; `of(column)` is a column's bytes, `None` for zeros.
-    pub fn pack<'a>(
+    /// Packs `columns` of `inputs` values, whole blocks; `lend(panel, pack)` calls `pack` with the bytes of a panel's
+    /// columns, `None` for zeros.
+    pub fn pack(
         format: Quantisation,
-        outputs: usize,
-        blocks: usize,
-        of: impl Fn(usize) -> Option<&'a [u8]> + Send + Sync,
-    ) -> Self {
+        inputs: usize,
+        columns: usize,
+        lend: impl Fn(usize, &mut dyn FnMut([Option<&[u8]>; PANEL]) -> Result<()>) -> Result<()> + Send + Sync,
+    ) -> Result<Self> {
+        let blocks = inputs / format.values();
         let panel_bytes = blocks * format.bytes() * PANEL;
-        let mut bytes = vec![0; outputs.div_ceil(PANEL) * panel_bytes];
-        bytes.par_chunks_mut(panel_bytes.max(1)).enumerate().for_each(|(panel, to)| {
-            let columns: [Option<&[u8]>; PANEL] = std::array::from_fn(|lane| {
-                let column = panel * PANEL + lane;
-                if column < outputs { of(column) } else { None }
-            });
-            for (lane, column) in columns.into_iter().enumerate() {
-                let Some(column) = column else { continue };
-                to[lane..].iter_mut().step_by(PANEL).zip(column).for_each(|(to, byte)| *to = *byte);
-            }
-        });
-        Self { format, bytes, blocks }
+        let mut bytes = vec![0; columns.div_ceil(PANEL) * panel_bytes];
+        bytes.par_chunks_mut(panel_bytes.max(1)).enumerate().try_for_each(|(panel, to)| {
+            lend(panel, &mut |columns| {
+                for (lane, column) in columns.into_iter().enumerate() {
+                    let Some(column) = column else { continue };
+                    to[lane..].iter_mut().step_by(PANEL).zip(column).for_each(|(to, byte)| *to = *byte);
+                }
+                Ok(())
+            })
+        })?;
+        Ok(Self { format, bytes, blocks })
     }
 
     /// Inner positions.
@@ -98,16 +100,16 @@ mod tests {
 
     /// Any part of unpacked panels has the bits of the same weights packed as numbers.
     fn assert_as_panels<E: Element>(format: Quantisation, isa: Isa) {
-        let (outputs, blocks) = (37, 512 / format.values());
+        let outputs = 37;
         let bytes = reference::quantised(format, outputs * 512, 1);
-        let each = blocks * format.bytes();
-        let packed = Quantised::pack(format, outputs, blocks, |column| Some(&bytes[column * each..][..each]));
-        assert_eq!(packed.inner(), 512);
         let parameter = Parameter::new(&bytes, Stored::Quantised(format), &[outputs, 512]);
+        let packed = Panels::pack_quantised(E::FORMAT, format, &parameter, outputs, Some).unwrap();
+        let packed = packed.quantised().unwrap();
+        assert_eq!(packed.inner(), 512);
         let expected = Panels::pack(E::FORMAT, outputs, 512, |output, to| parameter.read(output * 512, to)).unwrap();
         for (panels, inner) in [(0..3, 0..512), (1..3, 32..96), (2..3, 480..512), (0..1, 256..288)] {
             let mut to = vec![E::from_f32(f32::NAN); panels.len() * inner.len() * PANEL];
-            let (weight, target) = (&packed, to.as_mut_slice());
+            let (weight, target) = (packed, to.as_mut_slice());
             dispatch(isa, Unpack { weight, panels: panels.clone(), inner: inner.clone(), to: target });
             let expected = panels.flat_map(|panel| {
                 let start = (panel * 512 + inner.start) * PANEL;

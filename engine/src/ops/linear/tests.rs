@@ -73,7 +73,7 @@ fn a_linear_layer_over_odd_shapes_equals_the_definition() {
             let layer = Linear::new(&weight, Some(&bias), &place).unwrap();
             let got = layer.forward_add(&x, &residual).unwrap();
             assert_eq!(got.dims(), [rows, tokens, outputs]);
-            let expected = plain(&x, &seen, &bias.values(), Activation::Nothing, Some(&residual));
+            let expected = plain(&x, &seen, &bias.values().unwrap(), Activation::Nothing, Some(&residual));
             reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
             let got = Linear::new(&weight, None, &place).unwrap().forward(&x).unwrap();
             let expected = plain(&x, &seen, &vec![0.0; outputs], Activation::Nothing, None);
@@ -94,7 +94,7 @@ fn every_activation_follows_the_sums_and_the_residual_comes_last() {
                 let seen = reference::weight_values(&weight, &place);
                 for bias in [None, Some(&bias)] {
                     let layer = Linear::with_activation(&weight, bias, activation, &place).unwrap();
-                    let bias = bias.map_or(vec![0.0; outputs], |bias| bias.values());
+                    let bias = bias.map_or(vec![0.0; outputs], |bias| bias.values().unwrap());
                     let got = layer.forward(&x).unwrap();
                     assert_eq!(got.dims(), [2, tokens, width]);
                     let expected = plain(&x, &seen, &bias, activation, None);
@@ -116,7 +116,7 @@ fn a_gate_is_multiplied_row_by_row_before_the_residual_comes() {
             let (gate, weight) = (tensor_at([3, width], 5, &place), parameter([width, inputs], 3));
             let layer = Linear::new(&weight, Some(&parameter([width], 4)), &place).unwrap();
             let seen = reference::weight_values(&weight, &place);
-            let sums = plain(&x, &seen, &parameter([width], 4).values(), Activation::Nothing, None);
+            let sums = plain(&x, &seen, &parameter([width], 4).values().unwrap(), Activation::Nothing, None);
             let (gates, residuals) = (reference::values(&gate), reference::values(&residual));
             let of_place = |at: usize| sums[at] * gates[at / (tokens * width) * width + at % width] + residuals[at];
             let expected: Vec<f32> = (0..sums.len()).map(of_place).collect();
@@ -158,9 +158,10 @@ fn a_pending_norm_that_is_read_gives_what_the_norm_and_then_the_layer_give() {
                     (layer.forward(&tokens).unwrap(), layer.forward(&tokens.resolved().unwrap()).unwrap());
                 reference::assert_same(&read, &after);
             }
-            let normal = reference::group_norm(&x, &scale.values(), &shift.values(), groups, 1e-5);
+            let normal = reference::group_norm(&x, &scale.values().unwrap(), &shift.values().unwrap(), groups, 1e-5);
             let normal = Tensor::new(&normal, x.dims(), &Place::host()).unwrap();
-            let expected = plain(&normal, &reference::weight_values(&weight, &place), &bias.values(), activation, None);
+            let expected =
+                plain(&normal, &reference::weight_values(&weight, &place), &bias.values().unwrap(), activation, None);
             let got = layer.forward(&norm.forward(&x).unwrap()).unwrap();
             reference::assert_close(&reference::values(&got), &expected, reference::tolerance(&place));
         }
@@ -286,7 +287,7 @@ fn wrong_shapes_are_errors_and_not_panics() {
 fn pair(format: Quantisation, dims: [usize; 2], bias: bool, then: Activation, place: &Place) -> (Linear, Linear) {
     let bytes = reference::quantised(format, dims[0] * dims[1], 7);
     let quantised = Parameter::new(&bytes, Stored::Quantised(format), &dims);
-    let dense = Parameter::from_values(&quantised.values(), &dims);
+    let dense = Parameter::from_values(&quantised.values().unwrap(), &dims);
     let bias = bias.then(|| parameter([dims[0]], 3));
     let layer = |weight| Linear::with_activation(weight, bias.as_ref(), then, place).unwrap();
     (layer(&quantised), layer(&dense))

@@ -23,7 +23,7 @@ use serde_json::{Map, Value, json};
 
 use self::names::{Ours, Share, whole};
 use self::tensors::Tensors;
-use super::{Entry, Mapped, Order, Stored, Weights, bytes_at, entries};
+use super::{Entry, Order, Stored, WeightFile, Weights, bytes_at, entries};
 use crate::config::ConfigFile;
 use crate::ops::{Place, Stored as Format};
 use crate::{Error, FamilyKind, PredictionKind, Result};
@@ -34,7 +34,7 @@ const STEPS_OF_SD2_BASE: f64 = 875_000.0;
 /// One file that holds several parts of a checkpoint.
 pub(crate) struct SingleFile {
     path: PathBuf,
-    map: Arc<Mapped>,
+    file: Arc<WeightFile>,
     /// By their names in the file.
     stored: BTreeMap<String, Stored>,
     parts: BTreeMap<&'static str, Found>,
@@ -98,7 +98,7 @@ const TEXT_ENCODERS: [(&str, &str, Layout); 9] = [
 const LLAMA_T5: &str = "enc.blk.0.attn_q.weight";
 
 impl SingleFile {
-    /// Maps the file and finds its parts; none is an error.
+    /// Opens the file and finds its parts; none is an error.
     pub fn open(path: &Path) -> Result<Self> {
         let file = Self::read(path)?;
         if file.parts.is_empty() {
@@ -112,7 +112,7 @@ impl SingleFile {
     pub fn open_for(path: &Path, part: &str) -> Result<Self> {
         let file = Self::open(path)?;
         let bytes = file.bytes(part)?;
-        file.read_ahead.call_once(|| file.map.read_ahead(bytes));
+        file.read_ahead.call_once(|| file.file.read_ahead(bytes));
         Ok(file)
     }
 
@@ -136,12 +136,12 @@ impl SingleFile {
     }
 
     fn read(path: &Path) -> Result<Self> {
-        let map = Mapped::open(path)?;
+        let file = WeightFile::open(path)?;
         let entry = |Entry { name, format, shape, bytes }: Entry| {
-            (name, Stored { map: 0, bytes, format, shape, order: Order::Plain })
+            (name, Stored { file: 0, bytes, format, shape, order: Order::Plain })
         };
-        let stored: BTreeMap<String, Stored> = entries(path, &map)?.into_iter().map(entry).collect();
-        let mut file = Self { path: path.to_owned(), map, stored, parts: BTreeMap::new(), read_ahead: Once::new() };
+        let stored: BTreeMap<String, Stored> = entries(&file)?.into_iter().map(entry).collect();
+        let mut file = Self { path: path.to_owned(), file, stored, parts: BTreeMap::new(), read_ahead: Once::new() };
         file.parts = file.find_parts();
         Ok(file)
     }
@@ -269,7 +269,7 @@ impl SingleFile {
     /// The only value of a tensor.
     fn number(&self, name: &str) -> Option<f64> {
         let stored = self.stored.get(name)?;
-        let bytes = &self.map[stored.bytes.clone()];
+        let bytes = self.file.bytes(stored.bytes.clone()).ok()?;
         match &stored.format {
             Err(word) if word == "I64" => Some(i64::from_le_bytes(bytes.try_into().ok()?) as f64),
             Err(word) if word == "I32" => Some(f64::from(i32::from_le_bytes(bytes.try_into().ok()?))),
@@ -331,7 +331,7 @@ impl SingleFile {
 
     /// The part's weights under our names.
     pub fn weights(&self, part: &str, place: &Place) -> Result<Weights> {
-        self.read_ahead.call_once(|| self.map.read_ahead(0..self.map.len()));
+        self.read_ahead.call_once(|| self.file.read_ahead(0..self.file.len()));
         let found = self.found(part)?;
         let tensors = self.tensors(part, found);
         let mut ours = HashMap::with_capacity(tensors.stored.len());
@@ -356,7 +356,7 @@ impl SingleFile {
             let width = model.iter().find_map(|name| tensors.dim(name, 0).ok()).unwrap_or(0);
             ours.insert("text_projection.weight".to_owned(), Stored::identity(width));
         }
-        Ok(Weights::of(tensors.path.clone(), Arc::clone(&self.map), ours, place))
+        Ok(Weights::of(tensors.path.clone(), Arc::clone(&self.file), ours, place))
     }
 }
 
@@ -432,7 +432,7 @@ impl Stored {
     /// A square tensor that changes nothing.
     fn identity(width: usize) -> Self {
         let shape = vec![width, width];
-        Self { map: 0, bytes: 0..0, format: Ok(Format::F32), shape, order: Order::Identity }
+        Self { file: 0, bytes: 0..0, format: Ok(Format::F32), shape, order: Order::Identity }
     }
 
     /// A share of this tensor; `None` if its shape cannot be cut so.

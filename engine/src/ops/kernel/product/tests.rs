@@ -87,6 +87,7 @@ impl<E: Element> Data<E> {
             if output < outputs {
                 to[..inner].copy_from_slice(&weight[(gate + output) * inner..][..inner]);
             }
+            Ok(())
         });
         let mut lines = Vec::new();
         let mut output = 1;

@@ -64,15 +64,16 @@ fn check<E: Element, const N: usize>() {
         let weight_dims = [outputs, dims[3], 3, 3];
         let (x, weight, bias) = (tensor_at(dims, 1, &place), parameter(weight_dims, 2), parameter([outputs], 3));
         let seen = reference::weight_values(&weight, &place);
-        let define = |x: &Tensor| reference::convolution(x, (&seen, weight_dims), &bias.values(), ConvShape::same(3)).1;
+        let define =
+            |x: &Tensor| reference::convolution(x, (&seen, weight_dims), &bias.values().unwrap(), ConvShape::same(3)).1;
         let (expected, expected_doubled) = (define(&x), define(&doubled(&x, &place)));
         let packed = Panels::pack_weight(E::FORMAT, &weight, (outputs, 9), Some).unwrap();
         let values: Vec<E> = reference::values(&x).into_iter().map(E::from_f32).collect();
         let numbers = |got: Vec<E>| got.into_iter().map(E::to_f32).collect::<Vec<f32>>();
         for isa in Isa::available() {
-            let got = filter::<E, N, false>(isa, &values, dims, &packed, &bias.values());
+            let got = filter::<E, N, false>(isa, &values, dims, &packed, &bias.values().unwrap());
             reference::assert_close(&numbers(got), &expected, reference::tolerance(&place));
-            let got = filter::<E, N, true>(isa, &values, dims, &packed, &bias.values());
+            let got = filter::<E, N, true>(isa, &values, dims, &packed, &bias.values().unwrap());
             reference::assert_close(&numbers(got), &expected_doubled, reference::tolerance(&place));
         }
     }
