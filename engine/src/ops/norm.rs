@@ -79,9 +79,10 @@ impl GroupNorm {
             let deviation = 1.0 / (all.squares / all.count.max(1.0) + self.epsilon).sqrt();
             let first = index % self.groups * size;
             for channel in first..first + size {
-                let factor = deviation * f64::from(self.weight[channel]);
-                scale.push(factor as f32);
-                shift.push((f64::from(self.bias[channel]) - all.mean * factor) as f32);
+                let factor = (deviation * f64::from(self.weight[channel])) as f32;
+                scale.push(factor);
+                // By the factor that it is used with: what rounding did to it then cancels.
+                shift.push((f64::from(self.bias[channel]) - all.mean * f64::from(factor)) as f32);
             }
         }
         Pending { scale, shift, silu }

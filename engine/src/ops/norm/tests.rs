@@ -65,6 +65,32 @@ fn a_mean_far_from_zero_costs_no_digits_of_the_variance() {
 }
 
 #[test]
+fn of_values_far_from_zero_only_the_rounding_of_the_shift_is_lost() {
+    // Each channel is a group of its own: four values near each other, around 70 to 115.
+    const CHANNELS: usize = 64;
+    let value = |pixel: usize, channel: usize| {
+        let (centre, stride) = (70.0 + channel as f32 * 0.7, (channel % 5 + 1) as f32 * 0.004);
+        centre + pixel as f32 * stride + channel as f32 * 0.001
+    };
+    let values: Vec<f32> = (0..4 * CHANNELS).map(|index| value(index / CHANNELS, index % CHANNELS)).collect();
+    let x = Tensor::new(&values, &[1, 2, 2, CHANNELS], &Place::host()).unwrap();
+    let plain = |value| Parameter::from_values(&[value; CHANNELS], &[CHANNELS]);
+    let norm = GroupNorm::new(&plain(1.0), &plain(0.0), CHANNELS, EPSILON).unwrap();
+    let got = reference::values(&norm.forward(&x).unwrap());
+    for channel in 0..CHANNELS {
+        let pixels = [0, 1, 2, 3].map(|pixel| f64::from(values[pixel * CHANNELS + channel]));
+        let mean = pixels.iter().sum::<f64>() / 4.0;
+        let variance = pixels.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / 4.0;
+        let factor = 1.0 / (variance + EPSILON).sqrt();
+        for (pixel, value) in pixels.iter().enumerate() {
+            let (expected, got) = ((value - mean) * factor, f64::from(got[pixel * CHANNELS + channel]));
+            let most = mean * factor * 2f64.powi(-24) + expected.abs() * 2f64.powi(-22);
+            assert!((got - expected).abs() <= most, "channel {channel}: {got}, not {expected}, by at most {most}");
+        }
+    }
+}
+
+#[test]
 fn equal_values_become_the_bias() {
     for place in reference::places() {
         let norm = group_norm(6, 2);
